@@ -1,0 +1,16 @@
+"""Deltas: what an expert adds to the base weight (floor 0).
+
+Every module of this package is imported here, so a new form is one file: defining the class is registering it.
+"""
+
+import importlib
+import pkgutil
+
+from ders.deltas.base import Delta
+from ders.deltas.low_rank import LowRankDelta
+from ders.deltas.sparse import SparseDelta
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+__all__ = ["Delta", "LowRankDelta", "SparseDelta"]

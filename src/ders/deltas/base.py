@@ -1,0 +1,57 @@
+"""The contract of a delta: everything the other floors may ask of one.
+
+S slots (a token and one of its choices), E experts, O/I out/in features.
+"""
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+
+class Delta(nn.Module):
+    """What E experts add to one base weight: W_e = W_base + Δ_e (eq. 2 of arXiv 2503.01359).
+
+    A delta is born zero, so a freshly upcycled expert is exactly its base. A subclass states its own dials as keyword
+    arguments and passes shape and seed on; defining it registers it under its class name, by which files refer to it.
+
+    Args:
+        num_experts: E.
+        out_features: O, rows of the base weight.
+        in_features: I, columns of the base weight.
+        seed: decides everything random about this delta; two matrices never share one.
+    """
+
+    known: ClassVar[dict[str, type["Delta"]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Delta.known[cls.__name__] = cls
+
+    def __init__(self, num_experts: int, out_features: int, in_features: int, *, seed: int = 0) -> None:
+        super().__init__()
+        self.num_experts, self.out_features, self.in_features = num_experts, out_features, in_features
+        self.seed = seed
+        # What a file holds can differ from what the constructor drew: derive again after every load.
+        self.register_load_state_dict_post_hook(lambda module, _: module.restore_())
+
+    def dense(self, expert: int) -> Tensor:
+        """Δ_e as a matrix (O, I). The oracle: slow, obvious, never optimised."""
+        raise NotImplementedError
+
+    def forward(self, x_SI: Tensor, expert_S: Tensor) -> Tensor:
+        """All deltas applied to all slots at once, y_s = Δ_{e(s)} x_s: (S, I), (S,) → (S, O), building no matrix."""
+        raise NotImplementedError
+
+    def fit_(self, delta_EOI: Tensor) -> "Delta":
+        """Become the closest representation of trained deltas (E, O, I); returns self."""
+        raise NotImplementedError
+
+    def storage_bits(self) -> int:
+        """Bits in a file, indices and scales included: those of the persistent tensors unless a form packs better."""
+        return sum(tensor.numel() * tensor.element_size() * 8 for tensor in self.state_dict().values())
+
+    def restore_(self) -> None:
+        """Derive again what no file holds (indices from a seed, say). Called after weights were loaded."""
+
+    def extra_repr(self) -> str:
+        return f"{self.num_experts} × ({self.out_features}, {self.in_features})"

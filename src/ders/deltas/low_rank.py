@@ -1,0 +1,63 @@
+"""DeRS-LM: each expert differs from the base by a product of two thin factors.
+
+E experts, O/I out/in features, R rank, S slots.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ders.deltas.base import Delta
+
+
+class LowRankDelta(Delta):
+    """Δ_e = B_e A_e with A random and B zero at birth, without LoRA's alpha scale (section 3.3 of arXiv 2503.01359).
+
+    The paper does not say how A is drawn; here Kaiming-uniform with a = √5, as LoRA does.
+
+    Args:
+        rank: R, from 1 to min(O, I).
+
+    Raises:
+        ValueError: rank is out of range for this matrix.
+    """
+
+    def __init__(self, num_experts: int, out_features: int, in_features: int, *, rank: int, seed: int = 0) -> None:
+        super().__init__(num_experts, out_features, in_features, seed=seed)
+        if not 1 <= rank <= min(out_features, in_features):
+            raise ValueError(
+                f"rank must be between 1 and {min(out_features, in_features)}, the smaller side of a "
+                f"{out_features}×{in_features} matrix: got {rank}"
+            )
+        self.rank = rank
+        self.a_ERI = nn.Parameter(torch.empty(num_experts, rank, in_features))
+        self.b_EOR = nn.Parameter(torch.zeros(num_experts, out_features, rank))
+        if not self.a_ERI.is_meta:
+            generator = torch.Generator(self.a_ERI.device).manual_seed(seed)
+            bound = 1 / math.sqrt(in_features)  # what Kaiming-uniform with a = √5 comes to
+            with torch.no_grad():
+                self.a_ERI.uniform_(-bound, bound, generator=generator)
+
+    def dense(self, expert: int) -> Tensor:
+        return self.b_EOR[expert] @ self.a_ERI[expert]
+
+    def forward(self, x_SI: Tensor, expert_S: Tensor) -> Tensor:
+        # All experts' thin factors in two plain products: E·R columns are few, and no slot has to move.
+        z_SER = F.linear(x_SI, self.a_ERI.flatten(0, 1)).unflatten(1, (self.num_experts, self.rank))
+        mine_SE1 = F.one_hot(expert_S, self.num_experts).unsqueeze(2).to(z_SER.dtype)
+        b_OER = self.b_EOR.transpose(0, 1).flatten(1)
+        return F.linear((z_SER * mine_SE1).flatten(1), b_OER)
+
+    @torch.no_grad()
+    def fit_(self, delta_EOI: Tensor) -> "LowRankDelta":
+        """The best factors of this rank in the Frobenius norm (Eckart–Young): a truncated SVD per expert."""
+        u_EOX, s_EX, vh_EXI = torch.linalg.svd(delta_EOI.to(torch.promote_types(delta_EOI.dtype, torch.float32)), False)
+        root_ER = s_EX[:, : self.rank].sqrt()
+        self.b_EOR.copy_(u_EOX[:, :, : self.rank] * root_ER[:, None, :])
+        self.a_ERI.copy_(vh_EXI[:, : self.rank] * root_ER[:, :, None])
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.rank}"

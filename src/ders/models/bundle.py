@@ -1,0 +1,133 @@
+"""A model with what it reads through, and its Hugging Face folder."""
+
+import functools
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+
+from ders.models.registration import DersConfig
+
+IMAGE_TOKEN = "<image>"
+
+
+class ModelFolderError(ValueError):
+    """A folder that does not hold a whole Hugging Face model; the message names what is wrong with it."""
+
+
+@dataclass
+class ModelBundle:
+    """A model and its processor (with a vision tower) or tokenizer (without one)."""
+
+    model: nn.Module
+    processor: Any
+
+    @property
+    def tokenizer(self) -> Any:
+        return getattr(self.processor, "tokenizer", self.processor)
+
+    @property
+    def image_processor(self) -> Any | None:
+        return getattr(self.processor, "image_processor", None)
+
+    @property
+    def image_tokens(self) -> int:
+        """Visual tokens of one image; 0 for a text model."""
+        config = self.model.config
+        if self.image_processor is None:
+            return 0
+        patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+        # The default strategy leaves out the tower's class token.
+        return patches + (config.vision_feature_select_strategy == "full")
+
+    @property
+    def pixel_reader(self) -> Callable[[Image], Tensor] | None:
+        """Picture → pixel values (C, H, W); None for a text model."""
+        if self.image_processor is None:
+            return None
+        return functools.partial(_pixels, self.image_processor)
+
+
+def _pixels(image_processor: Any, image: Image) -> Tensor:
+    values: Tensor = image_processor(images=image, return_tensors="pt")["pixel_values"][0]
+    return values
+
+
+def save_bundle(bundle: ModelBundle, folder: Path, provenance: dict[str, Any] | None = None) -> None:
+    """Write a whole Hugging Face folder; it appears complete or not at all, and replaces an older one.
+
+    Args:
+        provenance: noted in the `ders` section of an upcycled model's `config.json`; nothing ever acts on it.
+    """
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    section = getattr(bundle.model.config, "quantization_config", None)
+    if section is not None:
+        data = section.to_dict() if isinstance(section, DersConfig) else dict(section)
+        bundle.model.config.quantization_config = DersConfig(**data | ({"provenance": provenance} if provenance else {}))
+    bundle.model.save_pretrained(unfinished)
+    bundle.processor.save_pretrained(unfinished)
+    for file in unfinished.iterdir():  # renamed only when every byte is on the disk
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if folder.exists():
+        folder.rename(replaced)
+    unfinished.rename(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def read_config(folder: Path) -> Any:
+    """The configuration of a model folder, before any weight is read.
+
+    Raises:
+        ModelFolderError: no such folder, or no readable `config.json` or weights in it.
+    """
+    if not folder.is_dir():
+        raise ModelFolderError(f"{folder}: no such folder. Give the path of a Hugging Face model folder")
+    try:
+        json.loads((folder / "config.json").read_text())
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelFolderError(f"{folder}: config.json is missing or unreadable: {error}") from error
+    if not any(folder.glob("*.safetensors")):
+        raise ModelFolderError(f"{folder}: holds no safetensors weights")
+    return config
+
+
+def load_bundle(folder: Path, dtype: torch.dtype | str = "auto") -> ModelBundle:
+    """Load a model folder, dense or upcycled, with its processor.
+
+    Raises:
+        ModelFolderError: the folder is missing, incomplete or corrupt.
+    """
+    config = read_config(folder)
+    has_images = hasattr(config, "vision_config")
+    auto_model = AutoModelForImageTextToText if has_images else AutoModelForCausalLM
+    try:
+        # Weights in safetensors only, and no code from the folder.
+        model, report = auto_model.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+        processor = (AutoProcessor if has_images else AutoTokenizer).from_pretrained(folder)
+    except Exception as error:  # safetensors, json and torch each raise their own on a damaged file
+        raise ModelFolderError(f"{folder}: cannot be loaded: {error}") from error
+    lost = [f"{what} {sorted(report[what])[:3]}" for what in ("missing_keys", "unexpected_keys") if report[what]]
+    if lost:
+        raise ModelFolderError(f"{folder}: the weights do not fit config.json: {'; '.join(lost)}")
+    return ModelBundle(model, processor)
+
+
+def stored_bytes(folder: Path) -> int:
+    """Bytes of the weight files of a model folder."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

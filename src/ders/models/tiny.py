@@ -1,0 +1,130 @@
+"""Small models of real classes, built from nothing: the same path as a real run, in seconds."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from ders.models.bundle import IMAGE_TOKEN, ModelBundle
+
+_SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", IMAGE_TOKEN]
+
+
+def word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words, numbers and signs, with every word of the texts and of the prompt."""
+    pre = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
+    words = {"USER", "ASSISTANT", ":"}
+    for text in texts:
+        words.update(piece for piece, _ in pre.pre_tokenize_str(text.replace(IMAGE_TOKEN, " ")))
+    vocabulary = {word: i for i, word in enumerate([*_SPECIAL, *sorted(words)])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Strip()
+    tokenizer.pre_tokenizer = pre
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", vocabulary["<s>"])])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=[IMAGE_TOKEN],
+    )
+
+
+@dataclass(kw_only=True)
+class TinyLM:
+    """A small language model of any family, with a vocabulary made from the data's words.
+
+    Attributes:
+        text: entries of a Hugging Face text configuration, `model_type` among them.
+    """
+
+    text: dict[str, Any]
+
+    has_images = False
+
+    def dense(self, vocab_size: int = 256) -> nn.Module:
+        """The model with random weights; under `torch.device("meta")` its shapes alone."""
+        return AutoModelForCausalLM.from_config(self._text_config(vocab_size))
+
+    def build(self, texts: Iterable[str]) -> ModelBundle:
+        """The model with random weights (torch's generator) and its tokenizer."""
+        tokenizer = word_tokenizer(texts)
+        return ModelBundle(self.dense(len(tokenizer)), tokenizer)
+
+    def _text_config(self, vocab_size: int) -> Any:
+        return AutoConfig.for_model(
+            **self.text,
+            vocab_size=vocab_size,
+            pad_token_id=_SPECIAL.index("<pad>"),
+            bos_token_id=_SPECIAL.index("<s>"),
+            eos_token_id=_SPECIAL.index("</s>"),
+        )
+
+
+@dataclass(kw_only=True)
+class TinyLlava(TinyLM):
+    """A small LLaVA: CLIP tower, two-layer projector, language model.
+
+    Attributes:
+        vision: entries of a `CLIPVisionConfig`, image and patch size among them.
+        feature_layer: which hidden layer of the tower the projector reads; LLaVA's is −2.
+    """
+
+    vision: dict[str, Any] = field(default_factory=dict)
+    feature_layer: int = -2
+
+    has_images = True
+
+    def dense(self, vocab_size: int = 256) -> nn.Module:
+        if not self.vision.get("image_size") or not self.vision.get("patch_size"):
+            raise ValueError(
+                "this model has a vision tower, and the data offers no image_size: choose data with images, or a text "
+                "model"
+            )
+        config = LlavaConfig(
+            vision_config=CLIPVisionConfig(**self.vision),
+            text_config=self._text_config(vocab_size),
+            image_token_index=_SPECIAL.index(IMAGE_TOKEN),
+            vision_feature_layer=self.feature_layer,
+            vision_feature_select_strategy="default",
+        )
+        return LlavaForConditionalGeneration(config)
+
+    def build(self, texts: Iterable[str]) -> ModelBundle:
+        tokenizer = word_tokenizer(texts)
+        model = self.dense(len(tokenizer))
+        size = self.vision["image_size"]
+        images = CLIPImageProcessorPil(
+            size={"shortest_edge": size}, crop_size={"height": size, "width": size}, resample=2
+        )
+        processor = LlavaProcessor(
+            image_processor=images,
+            tokenizer=tokenizer,
+            patch_size=self.vision["patch_size"],
+            vision_feature_select_strategy="default",
+            num_additional_image_tokens=1,
+        )
+        return ModelBundle(model, processor)
+
+
+def dense_from_config(config: Any) -> nn.Module:
+    """A model of a configuration's class on the meta device: its shapes alone."""
+    from transformers import AutoModelForImageTextToText
+
+    auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+    with torch.device("meta"):
+        return auto.from_config(config)

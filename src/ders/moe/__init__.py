@@ -1,0 +1,21 @@
+"""Routers, experts and the layer that joins them (floor 1)."""
+
+from ders.moe.experts import SharedBaseExperts, VanillaExperts
+from ders.moe.ffn import FFN
+from ders.moe.layer import MoELayer, SharedBaseMoE, VanillaMoE, moe_layers, take_routings
+from ders.moe.router import Router, Routing, TopKRouter, load_balancing_loss
+
+__all__ = [
+    "FFN",
+    "MoELayer",
+    "Router",
+    "Routing",
+    "SharedBaseExperts",
+    "SharedBaseMoE",
+    "TopKRouter",
+    "VanillaExperts",
+    "VanillaMoE",
+    "load_balancing_loss",
+    "moe_layers",
+    "take_routings",
+]

@@ -1,0 +1,123 @@
+"""The layer that takes the place of a dense FFN: router + experts (+ universal FFN).
+
+T tokens, D model width, E experts, K top-k.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from ders.deltas import Delta
+from ders.moe.experts import SharedBaseExperts, VanillaExperts
+from ders.moe.ffn import FFN
+from ders.moe.router import Router, Routing
+
+
+class MoELayer(nn.Module):
+    """Σ_k g_k · FFN_{e_k}(x), plus the universal FFN where there is one (Med-MoE). Takes and returns hidden states.
+
+    The last routing stays readable in `last_routing` until it is taken, for the losses and the statistics.
+
+    Args:
+        dense: the FFN module this layer replaces; its weights become the experts'.
+        form: how that module is built.
+        router: decides over the experts; its own E and K are the layer's.
+        universal: keep a copy of the dense FFN that serves every token beside the experts.
+    """
+
+    experts: nn.Module
+
+    def __init__(self, dense: nn.Module, form: FFN, router: Router, *, universal: bool = False) -> None:
+        super().__init__()
+        self.router = router
+        self.universal = copy.deepcopy(dense) if universal else None
+        self.last_routing: Routing | None = None
+        # What the dense FFN counted: everything this layer holds beyond it was added.
+        self.num_dense_params = sum(p.numel() for p in dense.parameters())
+
+    def run_experts(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        raise NotImplementedError
+
+    def effective_weight(self, name: str, expert: int) -> Tensor:
+        """W_e (O, I) of one projection, built: for analysis and export, never for the forward pass."""
+        raise NotImplementedError
+
+    def shared_parameters(self) -> Iterator[nn.Parameter]:
+        """The base weights all experts share; empty where they share none."""
+        yield from ()
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        routing = self.router(x_TD)
+        self.last_routing = routing
+        y = self.run_experts(x_TD, routing).view(hidden_states.shape)
+        return y if self.universal is None else y + self.universal(hidden_states)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A routing holds the graph of its step: a copy of the layer must not.
+        return {**super().__getstate__(), "last_routing": None}
+
+
+class VanillaMoE(MoELayer):
+    """E full copies of the dense FFN."""
+
+    def __init__(self, dense: nn.Module, form: FFN, router: Router, *, universal: bool = False) -> None:
+        super().__init__(dense, form, router, universal=universal)
+        self.experts = VanillaExperts(dense, form, router.num_experts)
+
+    def run_experts(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        return self.experts(x_TD, routing.top_k_index_TK, routing.top_k_weights_TK)
+
+    def effective_weight(self, name: str, expert: int) -> Tensor:
+        return self.experts.effective_weight(name, expert)
+
+
+class SharedBaseMoE(MoELayer):
+    """One shared base under the dense names (`gate_proj.weight`, …) and E deltas in `experts`.
+
+    The dense names make a file of this layer readable as the dense model by a loader that knows nothing of deltas.
+    """
+
+    def __init__(
+        self,
+        dense: nn.Module,
+        form: FFN,
+        router: Router,
+        make_delta: Callable[..., Delta],
+        *,
+        universal: bool = False,
+    ) -> None:
+        super().__init__(dense, form, router, universal=universal)
+        self.experts = SharedBaseExperts(dense, form, router.num_experts, make_delta)
+        for name, linear in form.linears(dense).items():
+            linear.bias = None  # every expert has its own from here on
+            self.add_module(name, linear)
+        setattr(self, form.activation, getattr(dense, form.activation))
+        self.form = form
+
+    def run_experts(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        return self.experts(x_TD, routing.top_k_index_TK, routing.top_k_weights_TK, base=self)
+
+    def effective_weight(self, name: str, expert: int) -> Tensor:
+        return getattr(self, name).weight + self.experts.deltas[name].dense(expert)
+
+    def shared_parameters(self) -> Iterator[nn.Parameter]:
+        for name in self.form.projections:
+            yield getattr(self, name).weight
+
+
+def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
+    """All MoE layers of a model by module name, in order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
+
+
+def take_routings(model: nn.Module) -> dict[str, Routing]:
+    """The last routing of every MoE layer that ran, by module name; the layers let go of them."""
+    taken = {}
+    for name, layer in moe_layers(model).items():
+        if layer.last_routing is not None:
+            taken[name] = layer.last_routing
+            layer.last_routing = None
+    return taken

@@ -1,0 +1,21 @@
+"""From a dense model to a Mixture-of-Experts model, in place, on any `nn.Module` of a known family (floor 2)."""
+
+from ders.upcycling.certificate import Certificate, certify
+from ders.upcycling.families import FAMILIES, Family, find_decoder
+from ders.upcycling.surgery import Upcycling, UpcyclingSummary, apply, choose_layers, upcycle
+from ders.upcycling.trainable import TRAINABLE, set_trainable
+
+__all__ = [
+    "FAMILIES",
+    "TRAINABLE",
+    "Certificate",
+    "Family",
+    "Upcycling",
+    "UpcyclingSummary",
+    "apply",
+    "certify",
+    "choose_layers",
+    "find_decoder",
+    "set_trainable",
+    "upcycle",
+]

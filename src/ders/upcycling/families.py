@@ -1,0 +1,65 @@
+"""The one place where model families are named: how each builds its feed-forward networks."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from ders.moe import FFN
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a decoder keeps its layers, and the FFN inside a layer.
+
+    Attributes:
+        ffn: the form of the FFN.
+        mlp: the FFN's name inside a decoder layer.
+        layers: the list of layers inside the decoder.
+    """
+
+    ffn: FFN
+    mlp: str = "mlp"
+    layers: str = "layers"
+
+
+_LLAMA = Family(FFN(inputs=("gate_proj", "up_proj"), output="down_proj", activation="act_fn"))
+_FUSED = Family(FFN(inputs=("gate_up_proj",), output="down_proj", activation="activation_fn"))
+
+# Keyed by the `model_type` of a Hugging Face configuration.
+FAMILIES: dict[str, Family] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "stablelm": _LLAMA,
+    "gemma": _LLAMA,
+    "gemma2": _LLAMA,
+    "gemma3_text": _LLAMA,
+    "olmo2": _LLAMA,
+    "phi3": _FUSED,
+    "glm": _FUSED,
+    "phi": Family(FFN(inputs=("fc1",), output="fc2", activation="activation_fn", gated=False)),
+    "gpt_neox": Family(
+        FFN(inputs=("dense_h_to_4h",), output="dense_4h_to_h", activation="act", gated=False),
+    ),
+}
+
+
+def find_decoder(model: nn.Module) -> tuple[str, nn.Module, Family]:
+    """The module name, the module and the family of the text decoder inside a model (a LLaVA's language model, say).
+
+    Raises:
+        ValueError: no module of the model is a decoder of a known family.
+    """
+    seen = []
+    for name, module in model.named_modules():
+        model_type = getattr(getattr(module, "config", None), "model_type", None)
+        seen.append(model_type)
+        family = FAMILIES.get(str(model_type))
+        if family is not None and isinstance(getattr(module, family.layers, None), nn.ModuleList):
+            return name, module, family
+    types = sorted({str(t) for t in seen if t is not None}) or ["no model_type"]
+    raise ValueError(
+        f"no decoder of a known family in {type(model).__name__} ({', '.join(types)}). Known families: "
+        f"{', '.join(FAMILIES)}. A new one is one row in ders/upcycling/families.py"
+    )

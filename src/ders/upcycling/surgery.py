@@ -1,0 +1,242 @@
+"""Replacing dense FFNs by MoE layers."""
+
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ders.deltas import Delta
+from ders.kernels import stable_hash
+from ders.moe import MoELayer, Router, SharedBaseMoE, TopKRouter, VanillaMoE, moe_layers
+from ders.upcycling.families import Family, find_decoder
+
+FORMAT_VERSION = 1
+LAYER_CHOICES = ("every_other", "all", "first_half", "second_half")
+
+
+@dataclass(frozen=True)
+class Upcycling:
+    """What was done to a dense model, as plain data: enough to do it again.
+
+    Attributes:
+        num_experts, top_k: E and K.
+        layers: indices of the decoder layers whose FFN was replaced.
+        delta: class name and dials of the delta; None for vanilla experts.
+        router: class name and dials of the router.
+        universal: a dense FFN serves every token beside the experts.
+        seed: root of everything random.
+    """
+
+    num_experts: int
+    top_k: int
+    layers: tuple[int, ...]
+    delta: dict[str, Any] | None = None
+    router: dict[str, Any] = field(default_factory=lambda: {"name": "TopKRouter"})
+    universal: bool = False
+    seed: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "layers": list(self.layers)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Upcycling":
+        return cls(**{**data, "layers": tuple(data["layers"])})
+
+
+@dataclass(frozen=True)
+class UpcyclingSummary:
+    """What upcycling did, in numbers. `str()` is the one line it reports."""
+
+    upcycling: Upcycling
+    model_type: str
+    num_layers: int
+    added_params: int
+    added_params_universal: int
+    added_params_vanilla: int
+
+    def __str__(self) -> str:
+        u = self.upcycling
+        if u.delta is None:
+            what = "full copies"
+        else:
+            dials = "".join(f" {key} {value}" for key, value in u.delta.items() if key != "name")
+            what = f"{u.delta['name']}{dials}"
+        versus = "" if u.delta is None else f" (vanilla +{millions(self.added_params_vanilla)})"
+        return (
+            f"{len(u.layers)} of {self.num_layers} FFNs → {u.num_experts} experts, top-{u.top_k}"
+            f"{' + universal FFN' if u.universal else ''}, {what}: "
+            f"+{millions(self.added_params)} parameters{versus}"
+        )
+
+
+def millions(count: int) -> str:
+    return f"{count / 1e6:,.2f} M" if count < 1e8 else f"{count / 1e6:,.0f} M"
+
+
+def choose_layers(layers: str | Sequence[int], num_layers: int) -> tuple[int, ...]:
+    """Layer indices by name (`every_other` is 0, 2, 4, …, the paper's; `all`; `first_half`; `second_half`) or list.
+
+    Raises:
+        ValueError: an unknown name, an index out of range, a repeated index, or nothing chosen.
+    """
+    if isinstance(layers, str):
+        named = {
+            "every_other": range(0, num_layers, 2),
+            "all": range(num_layers),
+            "first_half": range(num_layers // 2),
+            "second_half": range(num_layers // 2, num_layers),
+        }
+        if layers not in named:
+            raise ValueError(
+                f"layers must be one of {', '.join(LAYER_CHOICES)} or a list of indices: got {layers!r}"
+            )
+        chosen = tuple(named[layers])
+    else:
+        chosen = tuple(sorted(layers))
+        outside = [i for i in chosen if not 0 <= i < num_layers]
+        if outside or len(set(chosen)) != len(chosen):
+            raise ValueError(
+                f"layers must be distinct indices from 0 to {num_layers - 1}, for this model has {num_layers} "
+                f"decoder layers: got {list(layers)}"
+            )
+    if not chosen:
+        raise ValueError(f"layers={layers!r} chooses none of the {num_layers} decoder layers: nothing to upcycle")
+    return chosen
+
+
+def upcycle(
+    model: nn.Module,
+    *,
+    num_experts: int = 4,
+    top_k: int = 2,
+    delta: Callable[..., Delta] | None = None,
+    router: Callable[..., Router] = TopKRouter,
+    layers: str | Sequence[int] = "every_other",
+    universal: bool = False,
+    seed: int = 0,
+) -> UpcyclingSummary:
+    """Turn chosen FFNs of a dense model into MoE layers, in place.
+
+    Every expert starts as exactly the FFN it came from, so with a renormalised top-2 router the model computes what it
+    computed before (`certify` proves it).
+
+    Args:
+        model: any module that holds a decoder of a known family, a LLaVA included.
+        num_experts: E.
+        top_k: K.
+        delta: a `Delta` subclass with its dials bound (`functools.partial(SparseDelta, sparsity=0.9999)`): the experts
+            share the FFN as base. None: vanilla upcycling, E full copies.
+        router: a `Router` subclass, its options bound likewise.
+        layers: see `choose_layers`.
+        universal: keep a copy of the FFN that serves every token beside the experts.
+        seed: root of everything random.
+
+    Returns:
+        A summary; its `str()` is one line.
+
+    Raises:
+        ValueError: an unknown family, a dial out of range, a layer list out of range, or a model upcycled before.
+        TypeError: an FFN of a form the family does not have.
+    """
+    _, decoder, family = find_decoder(model)
+    chosen = choose_layers(layers, len(getattr(decoder, family.layers)))
+    upcycling = Upcycling(
+        num_experts=num_experts,
+        top_k=top_k,
+        layers=chosen,
+        delta=None if delta is None else _describe(delta, Delta),
+        router=_describe(router, Router),
+        universal=universal,
+        seed=seed,
+    )
+    return apply(model, upcycling)
+
+
+def apply(model: nn.Module, upcycling: Upcycling) -> UpcyclingSummary:
+    """Do to a dense model what an `Upcycling` says; on the meta device only shapes are built."""
+    if moe_layers(model):
+        raise ValueError("this model has MoE layers already: upcycle the dense model it came from")
+    _, decoder, family = find_decoder(model)
+    blocks = getattr(decoder, family.layers)
+    # All new layers are built before the first is put in: an error leaves the model as it was.
+    replaced = {index: _build_layer(blocks[index], family, upcycling, index) for index in upcycling.layers}
+    for index, layer in replaced.items():
+        setattr(blocks[index], family.mlp, layer)
+    if getattr(model, "config", None) is not None:
+        # A shallow copy: the configuration may be shared with models that stay dense.
+        model.config = copy.copy(model.config)
+        model.config.quantization_config = {
+            "quant_method": "ders",
+            "format_version": FORMAT_VERSION,
+            **upcycling.to_dict(),
+        }
+    return _summarize(upcycling, decoder, len(blocks), list(replaced.values()))
+
+
+def _build_layer(block: nn.Module, family: Family, upcycling: Upcycling, index: int) -> MoELayer:
+    dense = getattr(block, family.mlp)
+    # The layer takes over the dense module's linear layers: work on a copy that shares their tensors.
+    dense = copy.copy(dense)
+    dense._modules = {name: copy.copy(child) for name, child in dense._modules.items()}
+    for child in dense._modules.values():
+        if child is not None:
+            child._parameters = dict(child._parameters)
+    weight = next(iter(family.ffn.linears(dense).values())).weight
+    bound_router = _bind(upcycling.router, Router.known, "router")
+    bound_delta = None if upcycling.delta is None else _bind(upcycling.delta, Delta.known, "delta")
+
+    def make_delta(name: str, num_experts: int, out_features: int, in_features: int) -> Delta:
+        assert bound_delta is not None
+        seed = stable_hash(upcycling.seed, index, name)
+        return bound_delta(num_experts, out_features, in_features, seed=seed).to(weight.dtype)
+
+    with torch.device(weight.device):
+        router = bound_router(
+            weight.shape[1], upcycling.num_experts, upcycling.top_k, seed=stable_hash(upcycling.seed, index)
+        )
+        if weight.dtype == torch.float64:
+            router = router.double()
+        if bound_delta is None:
+            return VanillaMoE(dense, family.ffn, router, universal=upcycling.universal)
+        return SharedBaseMoE(dense, family.ffn, router, make_delta, universal=upcycling.universal)
+
+
+def _describe(factory: Callable[..., Any], kind: type) -> dict[str, Any]:
+    """Class name and bound keywords of a factory, as plain data."""
+    bound = factory if isinstance(factory, functools.partial) else functools.partial(factory)
+    if bound.args or not (isinstance(bound.func, type) and issubclass(bound.func, kind)):
+        raise TypeError(
+            f"expected a subclass of {kind.__name__}, or functools.partial of one with keywords only: got {factory!r}"
+        )
+    return {"name": bound.func.__name__, **bound.keywords}
+
+
+def _bind(description: dict[str, Any], known: dict[str, Any], what: str) -> Callable[..., Any]:
+    dials = dict(description)
+    name = dials.pop("name")
+    if name not in known:
+        raise ValueError(
+            f"unknown {what} {name!r}: known are {', '.join(sorted(known))}. Import the module that defines it first"
+        )
+    return functools.partial(known[name], **dials)
+
+
+def _summarize(
+    upcycling: Upcycling, decoder: nn.Module, num_layers: int, replaced: list[MoELayer]
+) -> UpcyclingSummary:
+    held = sum(p.numel() for layer in replaced for p in layer.parameters())
+    dense = sum(layer.num_dense_params for layer in replaced)
+    routers = sum(p.numel() for layer in replaced for p in layer.router.parameters())
+    universal = dense if upcycling.universal else 0
+    return UpcyclingSummary(
+        upcycling=upcycling,
+        model_type=decoder.config.model_type,  # type: ignore[union-attr, arg-type]
+        num_layers=num_layers,
+        added_params=held - dense,
+        added_params_universal=universal,
+        added_params_vanilla=(upcycling.num_experts - 1) * dense + routers + universal,
+    )
