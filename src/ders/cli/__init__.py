@@ -1,0 +1,1 @@
+"""Commands (floor 6: the only one that knows Hydra)."""

@@ -1,0 +1,1 @@
+"""Models of transformers: building, loading, saving (floor 3; knows nothing of data)."""

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ders.kernels import stable_hash
+from ders.kernels import global_sum, stable_hash
 
 
 @dataclass
@@ -28,15 +27,6 @@ class Routing:
     probs_TE: Tensor
     top_k_index_TK: Tensor
     top_k_weights_TK: Tensor
-
-
-def global_sum(x: Tensor) -> Tensor:
-    """The sum over all processes, without a gradient; `x` itself where there is one process."""
-    x = x.detach()
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        x = x.clone()
-        torch.distributed.all_reduce(x)
-    return x
 
 
 def load_balancing_loss(routing: Routing, mask_T: Tensor | None = None) -> Tensor:

@@ -65,15 +65,18 @@ class UpcyclingSummary:
         else:
             dials = "".join(f" {key} {value}" for key, value in u.delta.items() if key != "name")
             what = f"{u.delta['name']}{dials}"
-        versus = "" if u.delta is None else f" (vanilla +{millions(self.added_params_vanilla)})"
+        versus = "" if u.delta is None else f" (vanilla +{readable(self.added_params_vanilla)})"
         return (
             f"{len(u.layers)} of {self.num_layers} FFNs → {u.num_experts} experts, top-{u.top_k}"
             f"{' + universal FFN' if u.universal else ''}, {what}: "
-            f"+{millions(self.added_params)} parameters{versus}"
+            f"+{readable(self.added_params)} parameters{versus}"
         )
 
 
-def millions(count: int) -> str:
+def readable(count: int) -> str:
+    """A parameter count: `1,234`, `0.26 M`, `1,246 M`."""
+    if count < 1e5:
+        return f"{count:,}"
     return f"{count / 1e6:,.2f} M" if count < 1e8 else f"{count / 1e6:,.0f} M"
 
 

@@ -1,0 +1,57 @@
+"""What every command shares: where the repository is, how Hydra is started, how errors are told."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+import transformers
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ders.cli.dials import explain_unknown_key
+from ders.cli.sweeper import RunsSweeper
+
+# The install is editable: configurations, claims and results lie beside the sources.
+ROOT = Path(__file__).resolve().parents[3]
+
+
+class UserError(Exception):
+    """Something the person at the keyboard can mend; shown without a traceback."""
+
+
+def prepare_hydra() -> None:
+    """Make the repository, the sweeper and the error texts known, from any working folder."""
+    os.environ["DERS_ROOT"] = str(ROOT)
+    # Let errors come through to `launch`, which tells them shorter.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    # transformers and datasets look for a hub otherwise; everything a run needs is named by path or by package.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    Plugins.instance().register(RunsSweeper)
+
+
+def launch(task: Callable[[DictConfig], Any], config_name: str) -> None:
+    """Run a Hydra command; exits with 1 and a readable message on an error of the user's."""
+    prepare_hydra()
+    command = hydra.main(config_path=str(ROOT / "conf"), config_name=config_name, version_base="1.3")(task)
+    try:
+        command()
+    except (HydraException, OmegaConfBaseException) as error:
+        sys.exit(f"error: {explain_unknown_key(error, ROOT / 'conf', sys.argv[1:]) or error}")
+    except (UserError, ValueError, ArithmeticError, FileNotFoundError, OSError) as error:
+        if os.environ.get("DERS_TRACEBACK"):
+            raise
+        sys.exit(f"error: {error}\n(DERS_TRACEBACK=1 shows where)")
+
+
+def to_plain(config: Any) -> Any:
+    """A resolved configuration as plain data."""
+    return OmegaConf.to_container(config, resolve=True)
+
+

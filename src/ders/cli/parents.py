@@ -1,0 +1,88 @@
+"""The dense parent of a run: a given folder, or the tiny one, trained on first need and kept."""
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning
+from omegaconf import DictConfig
+
+import ders
+from ders.cli.app import to_plain
+from ders.cli.build import instantiate, trainer_factory
+from ders.cli.identity import digest
+from ders.data import DataSource, PreparedData
+from ders.data.source import building
+from ders.evaluation.scoring import score
+from ders.models.bundle import save_bundle
+from ders.training import Stage
+from ders.training.fit import fit
+
+log = logging.getLogger(__name__)
+
+STAGES = ("tower", "projector", "finetune")
+
+
+def parent_recipe(config: DictConfig, data_hash: str) -> dict[str, Any]:
+    """Everything the tiny parent depends on; the run's own method, stage and seed are not among it."""
+    return {
+        "model": to_plain(config.model),
+        "data": to_plain(config.data),
+        "stages": {name: to_plain(config.stage[name]) for name in STAGES},
+        "data_hash": data_hash,
+        "version": ders.__version__,
+        "parent_seed": config.parent_seed,
+    }
+
+
+def parent_folder(config: DictConfig, source: DataSource, prepared: PreparedData, cache: Path) -> Path:
+    """The folder of the dense parent, trained first if need be: by one process, while others wait."""
+    if config.parent is not None:
+        return Path(config.parent)
+    recipe = parent_recipe(config, prepared.data_hash)
+    folder = cache / "parents" / digest(recipe)
+    with building(folder) as unfinished:
+        if unfinished is not None:
+            log.info("no dense parent of this configuration yet: training it")
+            _train_parent(config, source, prepared, recipe, unfinished)
+    return folder
+
+
+def parent_scores(folder: Path) -> dict[str, Any]:
+    """Test scores of a parent this package trained; empty for a folder from elsewhere."""
+    file = folder / "parent.json"
+    return json.loads(file.read_text())["metrics"] if file.exists() else {}
+
+
+def _train_parent(
+    config: DictConfig, source: DataSource, prepared: PreparedData, recipe: dict[str, Any], folder: Path
+) -> None:
+    started = time.perf_counter()
+    lightning.seed_everything(config.parent_seed, verbose=False)
+    bundle = instantiate(config.model).build(prepared.texts())
+    # One process trains the parent, whatever the run will use.
+    make_trainer = trainer_factory(config, devices=1, num_nodes=1, strategy="auto")
+    for name in STAGES:
+        stage: Stage = instantiate(config.stage[name])
+        reason = stage.skipped(bundle, prepared)
+        if reason is not None:
+            log.info("stage %s skipped: %s", name, reason)
+            continue
+        module = stage.module(bundle, source, prepared, config.parent_seed, recipe)
+        data = stage.data(bundle, source, prepared)
+        logs = folder / "logs" / name
+        fit(stage, module, data, make_trainer, label=name, folder=logs, seed=config.parent_seed)
+    bundle.model.cpu()
+    save_bundle(bundle, folder / "model")
+    for item in (folder / "model").iterdir():
+        item.rename(folder / item.name)
+    (folder / "model").rmdir()
+    metrics = score(bundle, source, prepared, "test", "parent").metrics if "test" in prepared.files else {}
+    seconds = time.perf_counter() - started
+    (folder / "parent.json").write_text(
+        json.dumps({"recipe": recipe, "metrics": metrics, "wall_seconds": seconds}, indent=1)
+    )
+    accuracy = metrics.get("parent/accuracy", {}).get("value")
+    log.info("dense parent ready in %.0f s, test accuracy %s", seconds, accuracy)

@@ -1,0 +1,54 @@
+"""Scores of a model on a split, beside what is reached without looking."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+from torch.utils.data import DataLoader
+
+from ders.data import DataSource, PreparedData
+from ders.data.conversation import Encoder
+from ders.data.loading import PixelReader, Questions, collate_questions
+from ders.data.metrics import MajorityPrior, summarize
+from ders.models.bundle import ModelBundle
+from ders.models.generation import generate_answers
+from ders.moe import take_routings
+
+
+@dataclass(frozen=True)
+class Score:
+    """Scores by name, each with its sample count, and every single answer behind them."""
+
+    metrics: dict[str, dict[str, float | int]]
+    predictions: list[dict[str, Any]]
+
+
+def score(bundle: ModelBundle, source: DataSource, prepared: PreparedData, split: str, prefix: str) -> Score:
+    """Greedy answers to every question of a split: exact-match accuracy and the question-only prior, by kind."""
+    questions = Questions(
+        prepared.split(split),
+        Encoder(bundle.tokenizer, bundle.image_tokens),
+        PixelReader(prepared.image_root, bundle.pixel_reader),
+    )
+    collate = functools.partial(collate_questions, pad_id=bundle.tokenizer.pad_token_id)
+    prior = MajorityPrior(prepared.split("train"))
+    device = next(bundle.model.parameters()).device
+    items: list[dict[str, Any]] = []
+    batches = DataLoader(questions, batch_size=source.eval_batch_size, collate_fn=collate)
+    terminal = Console(stderr=True)
+    for batch in track(
+        batches, f"scoring {split}", console=terminal, disable=not terminal.is_terminal, transient=True
+    ):
+        inputs = {
+            key: value.to(device, bundle.model.dtype if value.is_floating_point() else None)
+            for key, value in batch["inputs"].items()
+        }
+        answers = generate_answers(bundle.model, bundle.tokenizer, inputs, source.max_answer_tokens)
+        take_routings(bundle.model)
+        for item, answer in zip(batch["items"], answers, strict=True):
+            kept = {key: item[key] for key in ("id", "image", "kind", "question", "answer")}
+            items.append({**kept, "prediction": answer, "prior": prior(item)})
+    return Score(summarize(items, prefix), items)
+

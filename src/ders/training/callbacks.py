@@ -1,0 +1,127 @@
+"""What is watched while a stage trains."""
+
+import math
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
+
+from ders.training.modules import LanguageModule
+
+
+class RoutingMonitor(Callback):
+    """Logs, per MoE layer, each expert's share of the choices, the entropy of these shares and the dead experts.
+
+    Entropy is divided by log E: 1 is balanced, 0 is collapse. An expert without a single choice since the last look is
+    dead.
+    """
+
+    def __init__(self, every_n_steps: int = 10) -> None:
+        self.every_n_steps = every_n_steps
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, *_: Any) -> None:
+        if not isinstance(module, LanguageModule) or not module.choices or trainer.global_step % self.every_n_steps:
+            return
+        for name, counts_E in module.choices.items():
+            shares = (counts_E / counts_E.sum().clamp(min=1)).tolist()
+            layer = f"routing/{layer_label(name)}"
+            entropy = -sum(share * math.log(share) for share in shares if share > 0)
+            module.log_dict(
+                {f"{layer}/load_{expert}": share for expert, share in enumerate(shares)}
+                | {
+                    f"{layer}/entropy": entropy / math.log(len(shares)) if len(shares) > 1 else 1.0,
+                    f"{layer}/dead_experts": float(sum(share == 0 for share in shares)),
+                }
+            )
+        module.choices.clear()
+
+
+def layer_label(name: str) -> str:
+    """`layer_<index>` of a module name such as `model.language_model.layers.2.mlp`."""
+    return f"layer_{next(part for part in reversed(name.split('.')) if part.isdigit())}"
+
+
+class Throughput(Callback):
+    """Logs tokens (or images, without tokens) per second since the last log, and peak memory in GiB."""
+
+    def __init__(self, every_n_steps: int = 10) -> None:
+        self.every_n_steps = every_n_steps
+        self.tokens, self.since = 0, time.perf_counter()
+
+    def on_train_batch_start(self, trainer: lightning.Trainer, module: Any, batch: dict[str, Tensor], _: int) -> None:
+        if self.tokens == 0:
+            self.since = time.perf_counter()
+        self.tokens += batch.get("attention_mask", batch["labels"]).numel()
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, *_: Any) -> None:
+        if trainer.global_step % self.every_n_steps == 0:
+            speed = self.tokens * trainer.world_size / (time.perf_counter() - self.since)
+            module.log_dict({"train/tokens_per_second": speed, "train/peak_gib": peak_gib()})
+            self.tokens = 0
+
+
+def peak_gib() -> float:
+    """Peak memory of this process in GiB: the accelerator's where there is one, else resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class PlainProgress(Callback):
+    """A line to stderr ten times a stage, where there is no terminal to draw a bar on."""
+
+    def __init__(self, label: str) -> None:
+        self.label, self.last = label, -1
+
+    def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
+        self.started, self.first = time.perf_counter(), trainer.global_step
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, *_: Any) -> None:
+        step, total = trainer.global_step, trainer.max_steps
+        if trainer.is_global_zero and step != self.last and (step == total or step % max(total // 10, 1) == 0):
+            self.last = step
+            seconds = time.perf_counter() - self.started
+            left = seconds / max(step - self.first, 1) * (total - step)
+            loss = trainer.callback_metrics.get("train/loss")
+            shown = "" if loss is None else f"  loss {float(loss):.4f}"
+            print(f"{self.label}: step {step}/{total}{shown}  {seconds:.0f} s, {left:.0f} s left", file=sys.stderr)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Checkpoints appear whole or not at all: a crash or a full disk while saving leaves the previous one."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            with partial.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:
+            partial.unlink(missing_ok=True)
+            raise OSError(
+                f"could not save {path} ({error}). Free some space and continue with ckpt_path=last: the checkpoint "
+                "before this one is intact"
+            ) from error
+        partial.replace(path)
+
+
+class FlushLogs(Callback):
+    """Writes logged rows out before every checkpoint, so a resumed run finds all rows up to it."""
+
+    def on_save_checkpoint(self, trainer: lightning.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, CSVLogger):
+                logger.save()

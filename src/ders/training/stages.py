@@ -1,0 +1,195 @@
+"""Stages of a recipe: what trains, on what, for how long.
+
+Tower, projector, dense fine-tune and MoE are configurations of two classes; a stage that does not apply to a model
+(there is no tower to teach, no projector to align) says why and is skipped.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ders.data import DataSource, PreparedData
+from ders.data.conversation import Encoder
+from ders.data.loading import Conversations, PixelReader, Questions, collate_conversations, collate_questions
+from ders.data.rows import DataError
+from ders.models.bundle import ModelBundle
+from ders.training.modules import LanguageModule, StageModule, TowerModule
+from ders.upcycling import set_trainable
+
+
+@dataclass(frozen=True)
+class StageData:
+    """Data sets and collators of one stage."""
+
+    train: Dataset[Any]
+    collate: Callable[[list[Any]], Any]
+    validation: Dataset[Any] | None = None
+    collate_validation: Callable[[list[Any]], Any] | None = None
+    validation_batch_size: int = 64
+
+    def validation_loader(self, rank: int, world_size: int) -> DataLoader[Any] | None:
+        if self.validation is None:
+            return None
+        return DataLoader(
+            self.validation,
+            batch_size=self.validation_batch_size,
+            sampler=range(rank, len(self.validation), world_size),  # type: ignore[arg-type]
+            collate_fn=self.collate_validation,
+        )
+
+
+@dataclass(kw_only=True)
+class Stage:
+    """What every stage states.
+
+    Attributes:
+        trainable: a row of `ders.upcycling.TRAINABLE`.
+        max_steps: optimizer steps.
+        global_batch_size: rows of one optimizer step, whatever the number of devices.
+        accumulate: micro-batches a step is split into.
+        optimizer: partial of a torch optimizer.
+        schedule: partial of `ders.training.schedule`.
+        gradient_clip: largest gradient norm; None for no limit.
+        validate_every, save_every: optimizer steps between validations and between checkpoints; None for never.
+    """
+
+    trainable: str
+    max_steps: int
+    global_batch_size: int
+    optimizer: Callable[..., Any]
+    schedule: Callable[..., Any]
+    accumulate: int = 1
+    gradient_clip: float | None = 1.0
+    validate_every: int | None = None
+    save_every: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "global_batch_size", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} of a stage must be at least 1: got {getattr(self, name)}")
+
+    def skipped(self, bundle: ModelBundle, prepared: PreparedData) -> str | None:
+        """Why this stage has nothing to do for a model and its data, or None."""
+        raise NotImplementedError
+
+    def data(self, bundle: ModelBundle, source: DataSource, prepared: PreparedData) -> StageData:
+        raise NotImplementedError
+
+    def module(
+        self, bundle: ModelBundle, source: DataSource, prepared: PreparedData, seed: int, identity: dict[str, Any]
+    ) -> StageModule:
+        """The Lightning module; sets what is trainable."""
+        raise NotImplementedError
+
+    def _shared(self, seed: int, identity: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "optimizer": self.optimizer,
+            "schedule": self.schedule,
+            "num_steps": self.max_steps,
+            "seed": seed,
+            "identity": identity,
+        }
+
+
+@dataclass(kw_only=True)
+class LanguageStage(Stage):
+    """A stage that trains on conversations.
+
+    Attributes:
+        router_loss_coef: multiplies the sum of the routers' losses.
+    """
+
+    router_loss_coef: float = 0.01
+
+    def skipped(self, bundle: ModelBundle, prepared: PreparedData) -> str | None:
+        if self.trainable == "projector" and bundle.image_processor is None:
+            return "this model has no projector"
+        return None
+
+    def data(self, bundle: ModelBundle, source: DataSource, prepared: PreparedData) -> StageData:
+        encoder = Encoder(bundle.tokenizer, bundle.image_tokens)
+        pixels = PixelReader(prepared.image_root, bundle.pixel_reader)
+        pad_id = bundle.tokenizer.pad_token_id
+        validates = "val" in prepared.files and self.validate_every is not None
+        return StageData(
+            train=Conversations(prepared.split("train"), encoder, pixels),
+            collate=functools.partial(collate_conversations, pad_id=pad_id),
+            validation=Questions(prepared.split("val"), encoder, pixels) if validates else None,
+            collate_validation=functools.partial(collate_questions, pad_id=pad_id),
+            validation_batch_size=source.eval_batch_size,
+        )
+
+    def module(
+        self, bundle: ModelBundle, source: DataSource, prepared: PreparedData, seed: int, identity: dict[str, Any]
+    ) -> LanguageModule:
+        set_trainable(bundle.model, self.trainable)
+        return LanguageModule(
+            bundle,
+            router_loss_coef=self.router_loss_coef,
+            max_answer_tokens=source.max_answer_tokens,
+            **self._shared(seed, identity),
+        )
+
+
+@dataclass(kw_only=True)
+class TowerStage(Stage):
+    """A stage that teaches a fresh vision tower the labels its data offers."""
+
+    def skipped(self, bundle: ModelBundle, prepared: PreparedData) -> str | None:
+        if bundle.image_processor is None:
+            return "this model has no vision tower"
+        if prepared.labels is None:
+            return "this data offers no image labels"
+        return None
+
+    def data(self, bundle: ModelBundle, source: DataSource, prepared: PreparedData) -> StageData:
+        train, val = (LabelledImages(prepared, split, bundle) for split in ("train", "val"))
+        return StageData(
+            train=train,
+            collate=collate_labelled,
+            validation=val if self.validate_every is not None else None,
+            collate_validation=collate_labelled,
+            validation_batch_size=source.eval_batch_size,
+        )
+
+    def module(
+        self, bundle: ModelBundle, source: DataSource, prepared: PreparedData, seed: int, identity: dict[str, Any]
+    ) -> TowerModule:
+        set_trainable(bundle.model, self.trainable)
+        return TowerModule(bundle, num_classes=prepared.num_classes, **self._shared(seed, identity))
+
+
+class LabelledImages(Dataset[tuple[Tensor, list[int]]]):
+    """Pixel values and class ids, one per patch or one per image.
+
+    Raises:
+        DataError: there are neither as many labels as the model has patches, nor one.
+    """
+
+    def __init__(self, prepared: PreparedData, split: str, bundle: ModelBundle) -> None:
+        self.items = list(prepared.image_labels(split).items())
+        self.pixels = PixelReader(prepared.image_root, bundle.pixel_reader)
+        config = bundle.model.config.vision_config
+        num_patches = (config.image_size // config.patch_size) ** 2
+        if len(self.items[0][1]) not in (1, num_patches):
+            raise DataError(
+                f"the data labels {len(self.items[0][1])} patches of an image, and this model's tower has "
+                f"{num_patches}: set model.vision.patch_size to data.patch_size"
+            )
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, list[int]]:
+        image, labels = self.items[index]
+        return self.pixels.read(image), labels
+
+
+def collate_labelled(items: list[tuple[Tensor, list[int]]]) -> dict[str, Tensor]:
+    pixels, labels = zip(*items, strict=True)
+    return {"pixel_values": torch.stack(pixels), "labels": torch.tensor(labels)}
