@@ -53,5 +53,3 @@ def launch(task: Callable[[DictConfig], Any], config_name: str) -> None:
 def to_plain(config: Any) -> Any:
     """A resolved configuration as plain data."""
     return OmegaConf.to_container(config, resolve=True)
-
-

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 # What says where and how long, not what: changing it must find the same folder again.
-_NOT_IDENTITY = ("ckpt_path", "skip_completed", "outputs", "logger", "experiments")
+_NOT_IDENTITY = ("ckpt_path", "skip_completed", "output_dir", "logger", "experiments")
 _TRAINER_LIMITS = ("max_steps", "max_time", "log_every_n_steps")
 
 
@@ -24,7 +24,7 @@ def digest(data: Any) -> str:
 
 def run_folder(config: dict[str, Any], root: Path) -> Path:
     """`outputs/<method>-<hash>` of a resolved configuration."""
-    return root / config["outputs"] / f"{config['method']['name']}-{digest(identity(config))}"
+    return root / config["output_dir"] / f"{config['method']['name']}-{digest(identity(config))}"
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[str]:

@@ -72,7 +72,7 @@ def _train_and_score(
     config: DictConfig, plain: dict[str, Any], folder: Path, checkpoint: Path | None, results: dict[str, Any]
 ) -> bool:
     """Fills `results` as they come; returns whether the stage ran to its end. Children return after the fit."""
-    cache = ROOT / config.outputs / "cache"
+    cache = ROOT / config.output_dir / "cache"
     source: DataSource = instantiate(config.data)
     prepared = source.prepare(cache)
     results["data_hash"] = prepared.data_hash
@@ -110,9 +110,7 @@ def _train_and_score(
     return trainer.global_step == stage.max_steps
 
 
-def _scores(
-    folder: Path, source: DataSource, prepared: PreparedData, trainer: lightning.Trainer
-) -> dict[str, Any]:
+def _scores(folder: Path, source: DataSource, prepared: PreparedData, trainer: lightning.Trainer) -> dict[str, Any]:
     """Scores of the folder that was written, not of the model in memory: what is counted is what users load."""
     if "test" not in prepared.files:
         return {}

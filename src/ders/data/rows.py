@@ -22,8 +22,8 @@ class DataError(ValueError):
 def read_rows(file: Path, image_root: Path | None) -> Dataset:
     """Read a LLaVA JSON file: rows of `id`, `image` (optional) and `conversations` (human and gpt in turn).
 
-    Columns of the result: `id`, `image` (path below the image root, or None), `questions`, `answers`, `kinds`: one entry
-    per turn. A row may name a kind per turn in `kinds`; else yes/no answers are `closed`, all others `open`.
+    Columns of the result: `id`, `image` (path below the image root, or None), `questions`, `answers` and `kinds` (one
+    entry per turn each). A row may name a kind per turn in `kinds`; else yes/no answers are `closed`, others `open`.
 
     Raises:
         DataError: the file is missing or not JSON; rows are broken; images are missing, unreadable, outside the image

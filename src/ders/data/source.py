@@ -111,7 +111,9 @@ class WrittenSource(DataSource):
 
     def prepare(self, cache: Path) -> PreparedData:
         # How answers are generated changes no file.
-        content = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("max_answer_tokens", "eval_batch_size")}
+        content = {
+            k: v for k, v in dataclasses.asdict(self).items() if k not in ("max_answer_tokens", "eval_batch_size")
+        }
         key = hashlib.sha256(json.dumps([type(self).__name__, content], sort_keys=True).encode()).hexdigest()[:12]
         folder = cache / "data" / f"{type(self).__name__.lower()}-{key}"
         with building(folder) as unfinished:

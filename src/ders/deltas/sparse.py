@@ -41,9 +41,7 @@ class SparseDelta(Delta):
         self.values_EN = nn.Parameter(torch.zeros(num_experts, self.num_kept))
         seeds = [stable_hash(seed, expert) for expert in range(num_experts)]
         self.register_buffer("seeds_E", torch.tensor(seeds, dtype=torch.int64))
-        self.register_buffer(
-            "columns_EN", torch.empty(num_experts, self.num_kept, dtype=torch.int32), persistent=False
-        )
+        self.register_buffer("columns_EN", torch.empty(num_experts, self.num_kept, dtype=torch.int32), persistent=False)
         self.register_buffer(
             "row_starts_EP", torch.empty(num_experts, out_features + 1, dtype=torch.int32), persistent=False
         )

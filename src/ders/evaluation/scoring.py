@@ -38,9 +38,7 @@ def score(bundle: ModelBundle, source: DataSource, prepared: PreparedData, split
     items: list[dict[str, Any]] = []
     batches = DataLoader(questions, batch_size=source.eval_batch_size, collate_fn=collate)
     terminal = Console(stderr=True)
-    for batch in track(
-        batches, f"scoring {split}", console=terminal, disable=not terminal.is_terminal, transient=True
-    ):
+    for batch in track(batches, f"scoring {split}", console=terminal, disable=not terminal.is_terminal, transient=True):
         inputs = {
             key: value.to(device, bundle.model.dtype if value.is_floating_point() else None)
             for key, value in batch["inputs"].items()
@@ -51,4 +49,3 @@ def score(bundle: ModelBundle, source: DataSource, prepared: PreparedData, split
             kept = {key: item[key] for key in ("id", "image", "kind", "question", "answer")}
             items.append({**kept, "prediction": answer, "prior": prior(item)})
     return Score(summarize(items, prefix), items)
-

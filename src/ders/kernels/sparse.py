@@ -77,9 +77,7 @@ def _by_slots_of_each_expert(
     return torch.cat(parts)[order_S.argsort()]
 
 
-def _by_masks(
-    x_SI: Tensor, expert_S: Tensor, values_EN: Tensor, columns_EN: Tensor, row_starts_EP: Tensor
-) -> Tensor:
+def _by_masks(x_SI: Tensor, expert_S: Tensor, values_EN: Tensor, columns_EN: Tensor, row_starts_EP: Tensor) -> Tensor:
     y_SO = x_SI.new_zeros(len(x_SI), row_starts_EP.shape[1] - 1)
     for e in range(len(values_EN)):
         mine_S1 = (expert_S == e).unsqueeze(1)

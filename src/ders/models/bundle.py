@@ -73,7 +73,9 @@ def save_bundle(bundle: ModelBundle, folder: Path, provenance: dict[str, Any] | 
     section = getattr(bundle.model.config, "quantization_config", None)
     if section is not None:
         data = section.to_dict() if isinstance(section, DersConfig) else dict(section)
-        bundle.model.config.quantization_config = DersConfig(**data | ({"provenance": provenance} if provenance else {}))
+        bundle.model.config.quantization_config = DersConfig(
+            **data | ({"provenance": provenance} if provenance else {})
+        )
     bundle.model.save_pretrained(unfinished)
     bundle.processor.save_pretrained(unfinished)
     for file in unfinished.iterdir():  # renamed only when every byte is on the disk

@@ -43,7 +43,7 @@ class VanillaExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """(T, D), (T, K), (T, K) → (T, D): Σ_k g_k FFN_{e_k}(x)."""
-        num_tokens, top_k = top_k_index.shape
+        top_k = top_k_index.shape[1]
         order_S = top_k_index.flatten().argsort(stable=True)
         expert_S = top_k_index.flatten()[order_S]
         token_S = order_S // top_k
@@ -57,10 +57,6 @@ class VanillaExperts(nn.Module):
         h_SF = self.form.hidden([project(name, x_SD) for name in self.form.inputs], self.activation)
         y_SD = project(self.form.output, h_SF) * top_k_weights.flatten()[order_S, None].to(h_SF.dtype)
         return torch.zeros_like(hidden_states).index_add(0, token_S, y_SD.to(hidden_states.dtype))
-
-    def effective_weight(self, name: str, expert: int) -> Tensor:
-        """W_e (O, I) of one projection."""
-        return self.weights_EOI[name][expert]
 
 
 class SharedBaseExperts(nn.Module):
@@ -81,9 +77,7 @@ class SharedBaseExperts(nn.Module):
         )
         self.biases_EO = expert_biases(linears, num_experts)
 
-    def forward(
-        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *, base: nn.Module
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *, base: nn.Module) -> Tensor:
         """(T, D), (T, K), (T, K) → (T, D): Σ_k g_k FFN_{e_k}(x). `base` holds the bias-free dense projections."""
         top_k = top_k_index.shape[1]
         expert_S = top_k_index.flatten()

@@ -27,12 +27,12 @@ class MoELayer(nn.Module):
         universal: keep a copy of the dense FFN that serves every token beside the experts.
     """
 
-    experts: nn.Module
+    experts: VanillaExperts | SharedBaseExperts
 
     def __init__(self, dense: nn.Module, form: FFN, router: Router, *, universal: bool = False) -> None:
         super().__init__()
         self.router = router
-        self.universal = copy.deepcopy(dense) if universal else None
+        self.universal: nn.Module | None = copy.deepcopy(dense) if universal else None
         self.last_routing: Routing | None = None
         # What the dense FFN counted: everything this layer holds beyond it was added.
         self.num_dense_params = sum(p.numel() for p in dense.parameters())
@@ -63,6 +63,8 @@ class MoELayer(nn.Module):
 class VanillaMoE(MoELayer):
     """E full copies of the dense FFN."""
 
+    experts: VanillaExperts
+
     def __init__(self, dense: nn.Module, form: FFN, router: Router, *, universal: bool = False) -> None:
         super().__init__(dense, form, router, universal=universal)
         self.experts = VanillaExperts(dense, form, router.num_experts)
@@ -71,7 +73,7 @@ class VanillaMoE(MoELayer):
         return self.experts(x_TD, routing.top_k_index_TK, routing.top_k_weights_TK)
 
     def effective_weight(self, name: str, expert: int) -> Tensor:
-        return self.experts.effective_weight(name, expert)
+        return self.experts.weights_EOI[name][expert]
 
 
 class SharedBaseMoE(MoELayer):
@@ -79,6 +81,8 @@ class SharedBaseMoE(MoELayer):
 
     The dense names make a file of this layer readable as the dense model by a loader that knows nothing of deltas.
     """
+
+    experts: SharedBaseExperts
 
     def __init__(
         self,
@@ -92,7 +96,7 @@ class SharedBaseMoE(MoELayer):
         super().__init__(dense, form, router, universal=universal)
         self.experts = SharedBaseExperts(dense, form, router.num_experts, make_delta)
         for name, linear in form.linears(dense).items():
-            linear.bias = None  # every expert has its own from here on
+            linear.register_parameter("bias", None)  # every expert has its own from here on
             self.add_module(name, linear)
         setattr(self, form.activation, getattr(dense, form.activation))
         self.form = form
@@ -101,7 +105,9 @@ class SharedBaseMoE(MoELayer):
         return self.experts(x_TD, routing.top_k_index_TK, routing.top_k_weights_TK, base=self)
 
     def effective_weight(self, name: str, expert: int) -> Tensor:
-        return getattr(self, name).weight + self.experts.deltas[name].dense(expert)
+        delta = self.experts.deltas[name]
+        assert isinstance(delta, Delta)
+        return getattr(self, name).weight + delta.dense(expert)
 
     def shared_parameters(self) -> Iterator[nn.Parameter]:
         for name in self.form.projections:

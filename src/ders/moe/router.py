@@ -128,7 +128,7 @@ class TopKRouter(Router):
                 self.weight.uniform_(-bound, bound, generator=generator)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "TopKRouter":
-        # Router weights stay in fp32 when the model is cast to half precision: bf16 ties make experts swap between runs.
+        # Weights stay in fp32 when the model is cast to half precision: bf16 ties make experts swap between runs.
         before = self.weight.data
         super()._apply(fn, recurse)
         if self.weight.dtype in (torch.bfloat16, torch.float16) and not self.weight.is_meta:

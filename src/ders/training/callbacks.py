@@ -15,7 +15,14 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
+from ders.kernels import global_sum
 from ders.training.modules import LanguageModule
+
+
+def log_now(trainer: lightning.Trainer, values: dict[str, float]) -> None:
+    """Write values to every logger at this step alone: a module's own `log` would repeat them until the next."""
+    for logger in trainer.loggers:
+        logger.log_metrics(values, step=trainer.global_step - 1)
 
 
 class RoutingMonitor(Callback):
@@ -31,17 +38,16 @@ class RoutingMonitor(Callback):
     def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, *_: Any) -> None:
         if not isinstance(module, LanguageModule) or not module.choices or trainer.global_step % self.every_n_steps:
             return
+        values = {}
         for name, counts_E in module.choices.items():
+            counts_E = global_sum(counts_E)
             shares = (counts_E / counts_E.sum().clamp(min=1)).tolist()
             layer = f"routing/{layer_label(name)}"
             entropy = -sum(share * math.log(share) for share in shares if share > 0)
-            module.log_dict(
-                {f"{layer}/load_{expert}": share for expert, share in enumerate(shares)}
-                | {
-                    f"{layer}/entropy": entropy / math.log(len(shares)) if len(shares) > 1 else 1.0,
-                    f"{layer}/dead_experts": float(sum(share == 0 for share in shares)),
-                }
-            )
+            values |= {f"{layer}/load_{expert}": share for expert, share in enumerate(shares)}
+            values[f"{layer}/entropy"] = entropy / math.log(len(shares)) if len(shares) > 1 else 1.0
+            values[f"{layer}/dead_experts"] = float(sum(share == 0 for share in shares))
+        log_now(trainer, values)
         module.choices.clear()
 
 
@@ -65,7 +71,7 @@ class Throughput(Callback):
     def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, *_: Any) -> None:
         if trainer.global_step % self.every_n_steps == 0:
             speed = self.tokens * trainer.world_size / (time.perf_counter() - self.since)
-            module.log_dict({"train/tokens_per_second": speed, "train/peak_gib": peak_gib()})
+            log_now(trainer, {"train/tokens_per_second": speed, "train/peak_gib": peak_gib()})
             self.tokens = 0
 
 

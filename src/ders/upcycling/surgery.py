@@ -94,9 +94,7 @@ def choose_layers(layers: str | Sequence[int], num_layers: int) -> tuple[int, ..
             "second_half": range(num_layers // 2, num_layers),
         }
         if layers not in named:
-            raise ValueError(
-                f"layers must be one of {', '.join(LAYER_CHOICES)} or a list of indices: got {layers!r}"
-            )
+            raise ValueError(f"layers must be one of {', '.join(LAYER_CHOICES)} or a list of indices: got {layers!r}")
         chosen = tuple(named[layers])
     else:
         chosen = tuple(sorted(layers))
@@ -169,14 +167,16 @@ def apply(model: nn.Module, upcycling: Upcycling) -> UpcyclingSummary:
     replaced = {index: _build_layer(blocks[index], family, upcycling, index) for index in upcycling.layers}
     for index, layer in replaced.items():
         setattr(blocks[index], family.mlp, layer)
-    if getattr(model, "config", None) is not None:
+    config: Any = getattr(model, "config", None)
+    if config is not None:
         # A shallow copy: the configuration may be shared with models that stay dense.
-        model.config = copy.copy(model.config)
-        model.config.quantization_config = {
+        config = copy.copy(config)
+        config.quantization_config = {
             "quant_method": "ders",
             "format_version": FORMAT_VERSION,
             **upcycling.to_dict(),
         }
+        model.config = config
     return _summarize(upcycling, decoder, len(blocks), list(replaced.values()))
 
 
@@ -228,9 +228,7 @@ def _bind(description: dict[str, Any], known: dict[str, Any], what: str) -> Call
     return functools.partial(known[name], **dials)
 
 
-def _summarize(
-    upcycling: Upcycling, decoder: nn.Module, num_layers: int, replaced: list[MoELayer]
-) -> UpcyclingSummary:
+def _summarize(upcycling: Upcycling, decoder: nn.Module, num_layers: int, replaced: list[MoELayer]) -> UpcyclingSummary:
     held = sum(p.numel() for layer in replaced for p in layer.parameters())
     dense = sum(layer.num_dense_params for layer in replaced)
     routers = sum(p.numel() for layer in replaced for p in layer.router.parameters())

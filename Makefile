@@ -1,0 +1,33 @@
+# make train    set up, then train the embedded default
+# make test     set up, then run all fast tests
+# make lint     style, types, import floors
+PYTHON ?= python3
+BIN := .venv/bin
+# DeepSpeed would compile operations that nothing here uses.
+export DS_BUILD_OPS := 0
+
+.PHONY: train test test-slow lint clean
+train: .venv/.installed
+	$(BIN)/python train.py
+
+test: .venv/.installed
+	$(BIN)/python -m pytest
+
+test-slow: .venv/.installed
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,deepspeed,dev]'
+	touch $@
+
+clean:
+	rm -rf .venv outputs

@@ -1,0 +1,130 @@
+"""From records to tables: rows that differ only in their seed become one, with mean and spread."""
+
+import json
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+from ders.reporting.record import Record
+
+
+@dataclass(frozen=True)
+class Row:
+    """One configuration of a claim, over its seeds.
+
+    Attributes:
+        method, dials: what the row is; dials are root-level keys in which the claim's rows differ.
+        records: one per seed.
+    """
+
+    method: str
+    dials: dict[str, Any]
+    records: tuple[Record, ...]
+
+    @property
+    def label(self) -> str:
+        return " ".join([self.method, *(f"{key} {value}" for key, value in self.dials.items() if value is not None)])
+
+    def scores(self, metric: str) -> list[float]:
+        return [r["metrics"][metric]["value"] for r in self.records if metric in r["metrics"]]
+
+    def mean(self, metric: str) -> float:
+        scores = self.scores(metric)
+        return sum(scores) / len(scores) if scores else math.nan
+
+    def spread(self, metric: str) -> float:
+        """Sample standard deviation over seeds; NaN for fewer than two."""
+        scores = self.scores(metric)
+        if len(scores) < 2:
+            return math.nan
+        mean = sum(scores) / len(scores)
+        return math.sqrt(sum((score - mean) ** 2 for score in scores) / (len(scores) - 1))
+
+
+def rows_of(records: list[Record]) -> list[Row]:
+    """Group records by everything but the seed, in the order they come."""
+    groups: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        config = {k: v for k, v in record["config"].items() if k not in ("seed", "ckpt_path", "skip_completed")}
+        groups[json.dumps(config, sort_keys=True)].append(record)
+    dials = [_dials(group[0]["config"]) for group in groups.values()]
+    # Only what tells rows of one method apart is worth a word.
+    varying = {
+        (method, key)
+        for method, values in _by_method(groups, dials).items()
+        for key in {k for v in values for k in v}
+        if len({json.dumps(v.get(key)) for v in values}) > 1 or key in ("sparsity", "rank")
+    }
+    return [
+        Row(
+            group[0]["method"],
+            {key: value for key, value in dial.items() if (group[0]["method"], key) in varying},
+            tuple(sorted(group, key=lambda record: record["seed"])),
+        )
+        for group, dial in zip(groups.values(), dials, strict=True)
+    ]
+
+
+def _by_method(groups: dict[str, list[Record]], dials: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for group, dial in zip(groups.values(), dials, strict=True):
+        found[group[0]["method"]].append(dial)
+    return found
+
+
+def _dials(config: dict[str, Any]) -> dict[str, Any]:
+    hidden = ("seed", "parent_seed", "ckpt_path", "skip_completed", "output_dir", "parent", "scale")
+    return {k: v for k, v in config.items() if not isinstance(v, dict | list) and k not in hidden}
+
+
+def kinds_of(records: list[Record]) -> list[str]:
+    """Question kinds that any record has a score for."""
+    prefix = "test/accuracy/"
+    return sorted({key.removeprefix(prefix) for r in records for key in r["metrics"] if key.startswith(prefix)})
+
+
+def percent(mean: float, spread: float = math.nan) -> str:
+    """`71.2 ± 0.4`, of fractions."""
+    if math.isnan(mean):
+        return "–"
+    return f"{100 * mean:.1f}" if math.isnan(spread) else f"{100 * mean:.1f} ± {100 * spread:.1f}"
+
+
+def markdown(rows: list[Row], title: str, command: str) -> str:
+    """The table of a claim, with the dense parent and the question-only prior beside the scores."""
+    records = [record for row in rows for record in row.records]
+    kinds = kinds_of(records)
+    header = ["", "added parameters", "trainable", "stored", "accuracy", *kinds, "seeds"]
+    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    for row in rows:
+        first = row.records[0]
+        lines.append(
+            [
+                row.label,
+                f"{first['added_params']:,}",
+                f"{first['trainable_params']:,}",
+                f"{first['stored_bytes'] / 2**20:.2f} MiB",
+                percent(row.mean("test/accuracy"), row.spread("test/accuracy")),
+                *(percent(row.mean(f"test/accuracy/{kind}"), row.spread(f"test/accuracy/{kind}")) for kind in kinds),
+                str(len(row.records)),
+            ]
+        )
+    for label, metric in [
+        ("dense parent, before this stage", "parent/accuracy"),
+        ("question-only prior", "test/prior"),
+    ]:
+        values = [record["metrics"][metric]["value"] for record in records if metric in record["metrics"]]
+        if values:
+            by_kind = [
+                percent(records[0]["metrics"].get(f"{metric}/{kind}", {}).get("value", math.nan)) for kind in kinds
+            ]
+            lines.append([f"*{label}*", "", "", "", percent(values[0]), *by_kind, ""])
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    counts = {record["metrics"]["test/accuracy"]["count"] for record in records if "test/accuracy" in record["metrics"]}
+    commits = sorted({record["commit"][:10] for record in records})
+    questions = " or ".join(map(str, sorted(counts)))
+    return (
+        f"**{title}.** Test accuracy in percent (exact match, {questions} questions), mean ± "
+        f"standard deviation over seeds.\n`{command}`, commit {', '.join(commits)}.\n\n{table}\n"
+    )
