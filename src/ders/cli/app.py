@@ -8,13 +8,11 @@ from typing import Any
 
 import hydra
 import transformers
-from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ders.cli.dials import explain_unknown_key
-from ders.cli.sweeper import RunsSweeper
 
 # The install is editable: configurations, claims and results lie beside the sources.
 ROOT = Path(__file__).resolve().parents[3]
@@ -25,7 +23,7 @@ class UserError(Exception):
 
 
 def prepare_hydra() -> None:
-    """Make the repository, the sweeper and the error texts known, from any working folder."""
+    """Make the repository known from any working folder, and errors readable."""
     os.environ["DERS_ROOT"] = str(ROOT)
     # Let errors come through to `launch`, which tells them shorter.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
@@ -33,7 +31,6 @@ def prepare_hydra() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
-    Plugins.instance().register(RunsSweeper)
 
 
 def launch(task: Callable[[DictConfig], Any], config_name: str) -> None:

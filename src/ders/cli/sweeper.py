@@ -1,15 +1,10 @@
-"""A sweeper over a list of override sets, as claims need."""
+"""What the runs of a claim are: lists of overrides."""
 
 import itertools
 import shlex
 from collections.abc import Sequence
-from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.plugins import Plugins
-from hydra.plugins.sweeper import Sweeper
-from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
 
 
 def expand(runs: Sequence[str], arguments: Sequence[str] = ()) -> list[list[str]]:
@@ -29,25 +24,3 @@ def expand(runs: Sequence[str], arguments: Sequence[str] = ()) -> list[list[str]
                 choices.append([str(override.input_line)])
         jobs += [list(job) for job in itertools.product(*choices)]
     return jobs
-
-
-class RunsSweeper(Sweeper):
-    """Runs each entry of `runs` with the configured launcher.
-
-    Args:
-        runs: lines of overrides.
-        title, dial: what the claim's table and figure are called and drawn over; read by `scripts/tables.py`.
-    """
-
-    def __init__(self, runs: Sequence[str], title: str = "", dial: str | None = None) -> None:
-        self.runs, self.title, self.dial = runs, title, dial
-
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=hydra_context, task_function=task_function, config=config
-        )
-
-    def sweep(self, arguments: list[str]) -> Any:
-        returns = self.launcher.launch(expand(list(self.runs), arguments), initial_job_idx=0)
-        # Every job has run; reading the values raises the first failure, so the exit code tells.
-        return [job.return_value for job in returns]

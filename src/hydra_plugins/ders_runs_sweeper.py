@@ -1,0 +1,33 @@
+"""A sweeper over a list of override sets. Hydra accepts sweepers only from this namespace, which it scans."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+from ders.cli.sweeper import expand
+
+
+class RunsSweeper(Sweeper):
+    """Runs each entry of `runs` with the configured launcher.
+
+    Args:
+        runs: lines of overrides.
+        title, dial: what the claim's table and figure are called and drawn over; read by `scripts/tables.py`.
+    """
+
+    def __init__(self, runs: Sequence[str], title: str = "", dial: str | None = None) -> None:
+        self.runs, self.title, self.dial = runs, title, dial
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> Any:
+        returns = self.launcher.launch(expand(list(self.runs), arguments), initial_job_idx=0)
+        # Every job has run; reading the values raises the first failure, so the exit code tells.
+        return [job.return_value for job in returns]
