@@ -8,8 +8,6 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from ders.cli.sweeper import expand
-
 
 class RunsSweeper(Sweeper):
     """Runs each entry of `runs` with the configured launcher.
@@ -28,6 +26,9 @@ class RunsSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Any:
+        # Hydra imports this file in every application of the environment: torch must not come along.
+        from ders.cli.sweeper import expand
+
         returns = self.launcher.launch(expand(list(self.runs), arguments), initial_job_idx=0)
         # Every job has run; reading the values raises the first failure, so the exit code tells.
         return [job.return_value for job in returns]

@@ -82,7 +82,7 @@ def _label(turns: list[tuple[str, str, str]]) -> int:
     for _, question, answer in turns:
         words = question.lower().rstrip("?").split()
         # "what is the blue shape?" tells a colour; "is there not a circle?" tells a shape when the answer is no.
-        true = answer if answer not in ("yes", "no") else "yes" if "not" not in words else "no"
+        true = answer if answer not in ("yes", "no") else "no" if {"no", "not"} & set(words) else "yes"
         told = [answer, *(words if answer == true else [])]
         shape = next((s for s in SHAPES if s in told), shape)
         colour = next((c for c in COLOURS if c in told), colour)

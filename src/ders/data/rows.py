@@ -122,6 +122,8 @@ def _image_problem(image: str, image_root: Path | None) -> str | None:
         open_image(path)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         return f"{image}: refused as a decompression bomb ({error})"
-    except (OSError, SyntaxError, ValueError) as error:
-        return str(error) if image in str(error) else f"{image}: unreadable ({error})"
+    except (OSError, SyntaxError) as error:
+        return f"{image}: unreadable ({error})"
+    except ValueError as error:
+        return str(error)
     return None

@@ -1,0 +1,86 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from ders.data.rows import DataError, read_rows
+
+TURNS = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A dog."}]
+TEXT = [{"from": "human", "value": "Is it?"}, {"from": "gpt", "value": "Yes"}]
+
+
+def write(folder: Path, rows: Any) -> Path:
+    (folder / "images").mkdir(exist_ok=True)
+    Image.new("RGB", (4, 4)).save(folder / "images" / "a.png")
+    file = folder / "train.json"
+    file.write_text(rows if isinstance(rows, str) else json.dumps(rows))
+    return file
+
+
+def test_good_rows(tmp_path: Path) -> None:
+    rows = [
+        {"id": 7, "image": "a.png", "conversations": TURNS + TEXT},
+        {"id": "text", "conversations": TEXT},
+        {"conversations": TEXT, "kinds": ["mine"]},
+    ]
+    read = read_rows(write(tmp_path, rows), tmp_path / "images")
+    assert read["id"] == ["7", "text", ""]
+    assert read["image"] == ["a.png", None, None]
+    assert read["kinds"] == [["open", "closed"], ["closed"], ["mine"]]
+    assert read["answers"][0] == ["A dog.", "Yes"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"id": "x", "image": "b.png", "conversations": TURNS}, r"row 0 \(x\): b.png: missing below"),
+        ({"id": "x", "image": "../secret.png", "conversations": TURNS}, "the path leaves the image root"),
+        ({"id": "x", "image": "/etc/passwd", "conversations": TURNS}, "the path leaves the image root"),
+        ({"id": "x", "image": "link.png", "conversations": TURNS}, "the path leaves the image root"),
+        ({"id": "x", "image": "broken.png", "conversations": TURNS}, "broken.png: unreadable"),
+        ({"id": "x", "image": "cut.png", "conversations": TURNS}, "cut.png: unreadable"),
+        ({"id": "x", "image": "bomb.png", "conversations": TURNS}, "refused as a decompression bomb"),
+        ({"id": "x", "image": "a.png", "conversations": TEXT}, "0 <image> tags in the questions, but an image"),
+        ({"id": "x", "conversations": TURNS}, "1 <image> tags in the questions, but no image"),
+        ({"id": "x", "conversations": TURNS[:1]}, "in pairs"),
+        ({"id": "x", "conversations": TEXT[::-1]}, "must alternate"),
+        ({"id": "x"}, "in pairs"),
+        ({"id": "x", "image": 3, "conversations": TURNS}, "must be a path"),
+        ({"id": "x", "conversations": TEXT, "kinds": ["a", "b"]}, "one kind per turn"),
+        ("text", "not an object"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path: Path, row: Any, message: str) -> None:
+    file = write(tmp_path, [row])
+    images = tmp_path / "images"
+    (images / "broken.png").write_text("this is no picture")
+    (images / "cut.png").write_bytes((images / "a.png").read_bytes()[:40])
+    (tmp_path / "secret.png").write_bytes((images / "a.png").read_bytes())
+    (images / "link.png").symlink_to(tmp_path / "secret.png")
+    Image.new("1", (20_000, 20_000)).save(images / "bomb.png")
+    with pytest.raises(DataError, match=message):
+        read_rows(file, images)
+
+
+def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
+    rows = [{"id": i, "image": f"{i}.png", "conversations": TURNS} for i in range(13)]
+    with pytest.raises(DataError, match="13 of 13 rows cannot be used") as error:
+        read_rows(write(tmp_path, rows), tmp_path / "images")
+    assert "… and 3 more" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("{", "not a JSON file"), ("[]", "non-empty list"), ("{}", "non-empty")]
+)
+def test_bad_files(tmp_path: Path, content: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read_rows(write(tmp_path, content), tmp_path / "images")
+    with pytest.raises(DataError, match="no such file"):
+        read_rows(tmp_path / "nothing.json", None)
+
+
+def test_images_without_a_root(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data\.images .* is not set"):
+        read_rows(write(tmp_path, [{"id": 1, "image": "a.png", "conversations": TURNS}]), None)
