@@ -83,9 +83,9 @@ def train(command: Any, outputs: Path) -> Callable[..., subprocess.CompletedProc
     """`python train.py` in smoke form."""
 
     def start(*overrides: str, root: Path = ROOT, **options: Any) -> subprocess.CompletedProcess[str]:
-        return command(
-            str(root / "train.py"), *SMALL, *SMALL_DATA, f"output_dir={outputs}", *overrides, root=root, **options
-        )
+        flags = [o for o in overrides if o.startswith("-")]
+        dials = [*SMALL, *SMALL_DATA, f"output_dir={outputs}", *(o for o in overrides if not o.startswith("-"))]
+        return command(str(root / "train.py"), *flags, *dials, root=root, **options)
 
     return start
 

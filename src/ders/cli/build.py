@@ -5,6 +5,7 @@ from typing import Any
 
 import hydra.utils
 import torch
+from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
 from ders.cli.app import UserError, to_plain
@@ -21,7 +22,10 @@ def instantiate(node: Any) -> Any:
     for target in _targets(OmegaConf.to_container(node, resolve=True)):
         if not target.startswith(_ALLOWED):
             raise UserError(f"_target_ {target} is not allowed: it must begin with {' or '.join(_ALLOWED)}")
-    return hydra.utils.instantiate(node, _convert_="all")
+    try:
+        return hydra.utils.instantiate(node, _convert_="all")
+    except InstantiationException as error:
+        raise UserError(str(error.__cause__ or error)) from error
 
 
 def _targets(data: Any) -> list[str]:

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from ders.data.source import WrittenSource, conversation, write_rows
 
@@ -30,6 +29,8 @@ class DigitsVQA(WrittenSource):
     seed: int = 0
 
     def write(self, folder: Path) -> dict[str, Any]:
+        from sklearn.datasets import load_digits  # slow to import, and needed once
+
         rng = np.random.default_rng(self.seed)
         scans = load_digits()
         order = rng.permutation(len(scans.target))

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     CLIPVisionConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -19,6 +20,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from ders.models.bundle import IMAGE_TOKEN, ModelBundle
+from ders.upcycling import require_family
 
 _SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", IMAGE_TOKEN]
 
@@ -66,6 +68,7 @@ class TinyLM:
         return ModelBundle(self.dense(len(tokenizer)), tokenizer)
 
     def _text_config(self, vocab_size: int) -> Any:
+        require_family(self.text["model_type"])
         return AutoConfig.for_model(
             **self.text,
             vocab_size=vocab_size,
@@ -123,8 +126,6 @@ class TinyLlava(TinyLM):
 
 def dense_from_config(config: Any) -> nn.Module:
     """A model of a configuration's class on the meta device: its shapes alone."""
-    from transformers import AutoModelForImageTextToText
-
     auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
     with torch.device("meta"):
         return auto.from_config(config)

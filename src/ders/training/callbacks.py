@@ -25,6 +25,11 @@ def log_now(trainer: lightning.Trainer, values: dict[str, float]) -> None:
         logger.log_metrics(values, step=trainer.global_step - 1)
 
 
+def is_due(trainer: lightning.Trainer, every_n_steps: int) -> bool:
+    """Every n steps, and at the end."""
+    return trainer.global_step % every_n_steps == 0 or trainer.global_step == trainer.max_steps
+
+
 class RoutingMonitor(Callback):
     """Logs, per MoE layer, each expert's share of the choices, the entropy of these shares and the dead experts.
 
@@ -36,7 +41,7 @@ class RoutingMonitor(Callback):
         self.every_n_steps = every_n_steps
 
     def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, *_: Any) -> None:
-        if not isinstance(module, LanguageModule) or not module.choices or trainer.global_step % self.every_n_steps:
+        if not isinstance(module, LanguageModule) or not module.choices or not is_due(trainer, self.every_n_steps):
             return
         values = {}
         for name, counts_E in module.choices.items():
@@ -69,7 +74,7 @@ class Throughput(Callback):
         self.tokens += batch.get("attention_mask", batch["labels"]).numel()
 
     def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, *_: Any) -> None:
-        if trainer.global_step % self.every_n_steps == 0:
+        if is_due(trainer, self.every_n_steps):
             speed = self.tokens * trainer.world_size / (time.perf_counter() - self.since)
             log_now(trainer, {"train/tokens_per_second": speed, "train/peak_gib": peak_gib()})
             self.tokens = 0

@@ -1,7 +1,7 @@
 """From a dense model to a Mixture-of-Experts model, in place, on any `nn.Module` of a known family (floor 2)."""
 
 from ders.upcycling.certificate import Certificate, certify
-from ders.upcycling.families import FAMILIES, Family, find_decoder
+from ders.upcycling.families import FAMILIES, Family, find_decoder, require_family
 from ders.upcycling.surgery import Upcycling, UpcyclingSummary, apply, choose_layers, upcycle
 from ders.upcycling.trainable import TRAINABLE, set_trainable
 
@@ -16,6 +16,7 @@ __all__ = [
     "certify",
     "choose_layers",
     "find_decoder",
+    "require_family",
     "set_trainable",
     "upcycle",
 ]

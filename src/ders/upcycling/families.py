@@ -45,6 +45,20 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+def require_family(model_type: str) -> Family:
+    """The row of a `model_type`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if model_type not in FAMILIES:
+        raise ValueError(
+            f"unknown model family {model_type!r}. Known families: {', '.join(FAMILIES)}. A new one is one row in "
+            "ders/upcycling/families.py"
+        )
+    return FAMILIES[model_type]
+
+
 def find_decoder(model: nn.Module) -> tuple[str, nn.Module, Family]:
     """The module name, the module and the family of the text decoder inside a model (a LLaVA's language model, say).
 

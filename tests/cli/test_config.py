@@ -1,0 +1,204 @@
+"""Every YAML is composed, and instantiated where it needs neither network nor accelerator."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from ders.cli.app import UserError, prepare_hydra, to_plain
+from ders.cli.build import check, instantiate, trainer_factory
+from ders.cli.dials import dials_by_owner
+from ders.cli.identity import differences, identity, run_folder
+from ders.cli.sweeper import expand
+
+CONF = ROOT / "conf"
+
+
+@pytest.fixture(autouse=True)
+def hydra_root() -> None:
+    prepare_hydra()
+
+
+def composed(*overrides: str, name: str = "train") -> Any:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(name, overrides=list(overrides))
+
+
+def choices(group: str) -> list[str]:
+    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+
+
+def test_no_yaml_is_forgotten() -> None:
+    groups = {file.parent.relative_to(CONF).as_posix() for file in CONF.rglob("*.yaml")}
+    assert groups == {
+        ".", "method", "model", "data", "stage", "trainer", "logger", "optimizer", "schedule", "upcycling",
+        "hydra/sweeper",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("method", choices("method"))
+def test_methods(method: str) -> None:
+    config = composed(f"method={method}")
+    assert config.method.name == method
+    check(config)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model=tiny_lm", "data=digits_text"],
+        ["data=easy_vqa"],
+        ["data=llava_files", "data.train=x.json", "data.image_size=32", "data.patch_size=16"],
+        ["logger=wandb"],
+        ["upcycling=moe_llava"],
+        ["schedule@stage.moe.schedule=linear"],
+        ["optimizer@stage.moe.optimizer=adamw", "stage.moe.optimizer.lr=1e-3"],
+        *([f"model.text.model_type={family}"] for family in ("qwen2", "stablelm", "phi", "phi3")),
+        *([f"trainable={trainable}"] for trainable in ("paper", "frozen_shared", "adapter", "all")),
+        *([f"upcycling.layers={layers}"] for layers in ("all", "first_half", "second_half", "[1,3]")),
+    ],
+)
+def test_choices_work(overrides: list[str]) -> None:
+    check(composed(*overrides))
+
+
+@pytest.mark.parametrize("trainer", choices("trainer"))
+def test_trainers(trainer: str) -> None:
+    config = composed(f"trainer={trainer}")
+    if trainer == "gpu" and not torch.cuda.is_available():
+        assert config.trainer.accelerator == "gpu"
+        return
+    assert trainer_factory(config, devices=1)(max_steps=1, logger=False).max_steps == 1
+
+
+@pytest.mark.parametrize("logger", choices("logger"))
+def test_loggers(logger: str) -> None:
+    config = composed(f"logger={logger}")
+    assert not config.logger or instantiate(config.logger).keywords["log_model"] is False
+
+
+@pytest.mark.parametrize("claim", sorted(file.stem for file in (ROOT / "experiments").glob("*.yaml")))
+def test_claims(claim: str) -> None:
+    text = (ROOT / "experiments" / f"{claim}.yaml").read_text()
+    assert f"# python train.py experiments={claim}\n" in text
+    sweeper = yaml.safe_load(text)["hydra"]["sweeper"]
+    jobs = expand(sweeper["runs"])
+    folders = set()
+    for job in jobs:
+        config = composed(*job)
+        instantiate(config.stage.moe)
+        folders.add(run_folder(to_plain(config), ROOT))
+    assert len(folders) == len(jobs) > 1
+    assert to_plain(composed(f"experiments={claim}")) == to_plain(composed())  # a claim changes no run
+
+
+def test_every_file_says_its_command() -> None:
+    for file in (CONF / "method").glob("*.yaml"):
+        assert re.search(rf"^# python train.py method={file.stem}\b", file.read_text(), re.MULTILINE), file
+
+
+def test_a_method_owns_its_dials() -> None:
+    assert dials_by_owner(CONF) == {
+        "dense": [],
+        "vanilla": ["num_experts", "top_k"],
+        "ders_sm": ["num_experts", "sparsity", "top_k"],
+        "ders_lm": ["num_experts", "rank", "top_k"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["sparsity=1.2"], r"sparsity must be in \[0, 1\), the fraction of zeros: got 1.2"),
+        (["sparsity=0.999999"], "keeps none of the 65536 entries"),
+        (["method=ders_lm", "rank=0"], "rank must be between 1 and 128"),
+        (["method=ders_lm", "rank=129"], "rank must be between 1 and 128"),
+        (["top_k=5"], "top_k must be between 1 and num_experts=4: got 5"),
+        (["num_experts=0"], "num_experts must be at least 1"),
+        (["upcycling.layers=[0,4]"], "from 0 to 3, for this model has 4 decoder layers"),
+        (["upcycling.layers=even"], "layers must be one of every_other"),
+        (["model.text.model_type=gpt2"], "unknown model family 'gpt2'"),
+        (["trainable=some"], "trainable must be one of"),
+        (["method=dense", "trainable=adapter"], "needs experts over a shared base"),
+        (["model=tiny_lm"], "reads only text, and the data has images of 16 px"),
+        (["data=digits_text"], "has a vision tower, and the data offers no image_size"),
+        (["parent=/nowhere"], "/nowhere: no such folder"),
+        (["scale=paper"], "has one size, tiny"),
+        (["stage.moe.max_steps=0"], "max_steps of a stage must be at least 1"),
+        (["method.delta._target_=os.system"], "_target_ os.system is not allowed"),
+    ],
+)
+def test_bad_dials_fail_before_anything_is_built(overrides: list[str], message: str) -> None:
+    with pytest.raises(Exception, match=message) as error:
+        check(composed(*overrides))
+    assert isinstance(error.value, ValueError | UserError)
+
+
+def test_a_corrupt_parent_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"')
+    with pytest.raises(ValueError, match=r"config\.json is missing or unreadable"):
+        check(composed(f"parent={tmp_path}"))
+
+
+def test_identity_is_what_decides_the_result() -> None:
+    base = to_plain(composed())
+    same = [
+        "ckpt_path=last",
+        "logger=wandb",
+        "trainer.max_steps=3",
+        "trainer.max_time=00:01:00:00",
+        "skip_completed=true",
+    ]
+    assert identity(to_plain(composed(*same))) == identity(base)
+    for other in ["seed=1", "sparsity=0.9", "trainer.precision=bf16-mixed", "stage.moe.optimizer.lr=1", "data.seed=1"]:
+        assert run_folder(to_plain(composed(other)), ROOT) != run_folder(base, ROOT)
+    assert run_folder(base, ROOT).name.startswith("ders_sm-")
+    assert differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 3}, "c": 2}) == ["a.b: 1 → 3"]
+
+
+def test_expand() -> None:
+    runs = ["method=a x=1,2 seed=0,1", "method=b y='p q'"]
+    assert expand(runs) == [
+        ["method=a", "x=1", "seed=0"],
+        ["method=a", "x=1", "seed=1"],
+        ["method=a", "x=2", "seed=0"],
+        ["method=a", "x=2", "seed=1"],
+        ["method=b", "y=p q"],
+    ]
+    assert expand(["method=a seed=0,1"], ["seed=7", "z=3"]) == [["seed=7", "z=3", "method=a"]]
+
+
+def test_nothing_in_the_sources_loads_pickles_or_remote_code() -> None:
+    for file in [*(ROOT / "src").rglob("*.py"), ROOT / "train.py", *(ROOT / "scripts").glob("*.py")]:
+        text = file.read_text()
+        for call in re.finditer(r"torch\.load\(", text):
+            assert "weights_only=True" in text[call.start() : call.start() + 200], file
+        assert "trust_remote_code=True" not in text
+        assert "pickle" not in text
+
+
+def test_the_tiny_models_keep_an_entry_at_the_papers_sparsity() -> None:
+    for model in choices("model"):
+        text = OmegaConf.load(CONF / "model" / f"{model}.yaml").text
+        assert text.hidden_size >= 128
+        assert text.intermediate_size >= 512
+
+
+def test_axes_do_not_name_one_another() -> None:
+    for group in ("method", "data", "trainer"):
+        for other in ("method", "model", "data", "trainer"):
+            if other == group:
+                continue
+            for file in (CONF / group).glob("*.yaml"):
+                content = yaml.safe_load(file.read_text()) or {}
+                text = yaml.safe_dump({k: v for k, v in content.items() if k != "name"})
+                for name in choices(other):
+                    assert not re.search(rf"\b{name}\b", text), (file, name)

@@ -1,0 +1,68 @@
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ders.reporting.figures import draw_claim
+from ders.reporting.tables import markdown, percent, rows_of
+
+
+def record(method: str, seed: int, accuracy: float, **dials: Any) -> dict[str, Any]:
+    return {
+        "method": method,
+        "seed": seed,
+        "commit": "c" * 40,
+        "config": {"method": {"name": method}, "seed": seed, "num_experts": 4, **dials},
+        "added_params": 1192,
+        "trainable_params": 812456,
+        "stored_bytes": 2**20,
+        "metrics": {
+            "test/accuracy": {"value": accuracy, "count": 3000},
+            "test/accuracy/sum": {"value": accuracy / 2, "count": 500},
+            "test/prior": {"value": 0.364, "count": 3000},
+            "parent/accuracy": {"value": 0.7, "count": 3000},
+        },
+    }
+
+
+RECORDS = [
+    record("dense", 0, 0.70),
+    record("ders_sm", 1, 0.80, sparsity=0.99),
+    record("ders_sm", 0, 0.70, sparsity=0.99),
+    record("ders_sm", 0, 0.75, sparsity=0.9),
+]
+
+
+def test_rows_differ_by_more_than_the_seed() -> None:
+    rows = rows_of(RECORDS)
+    assert [row.label for row in rows] == ["dense", "ders_sm sparsity 0.99", "ders_sm sparsity 0.9"]
+    assert [r["seed"] for r in rows[1].records] == [0, 1]
+    assert rows[1].mean("test/accuracy") == pytest.approx(0.75)
+    assert rows[1].spread("test/accuracy") == pytest.approx(math.sqrt(0.005))
+    assert math.isnan(rows[0].spread("test/accuracy"))
+
+
+def test_a_dial_that_varies_is_shown() -> None:
+    rows = rows_of([record("ders_sm", 0, 0.7, sparsity=0.9), record("ders_sm", 0, 0.7, sparsity=0.9, num_experts=8)])
+    assert [row.label for row in rows] == ["ders_sm num_experts 4 sparsity 0.9", "ders_sm num_experts 8 sparsity 0.9"]
+
+
+def test_table_has_the_controls_beside_the_scores() -> None:
+    table = markdown(rows_of(RECORDS), "A claim", "python train.py experiments=a")
+    lines = table.splitlines()
+    assert "3000 questions" in lines[0]
+    assert "commit cccccccccc" in lines[1]
+    assert "| ders_sm sparsity 0.99 | 1,192 | 812,456 | 1.00 MiB | 75.0 ± 7.1 | 37.5 ± 3.5 | 2 |" in lines
+    assert any(line.startswith("| *question-only prior* |") and " 36.4 |" in line for line in lines)
+    assert any(line.startswith("| *dense parent, before this stage* |") and " 70.0 |" in line for line in lines)
+
+
+def test_percent() -> None:
+    assert (percent(0.1234), percent(0.5, 0.012), percent(math.nan)) == ("12.3", "50.0 ± 1.2", "–")
+
+
+@pytest.mark.parametrize("dial", [None, "sparsity"])
+def test_figure(dial: str | None, tmp_path: Path) -> None:
+    file = draw_claim(rows_of(RECORDS), dial, "A claim", tmp_path / "figure.png")
+    assert file.read_bytes()[:4] == b"\x89PNG"

@@ -1,0 +1,117 @@
+"""Stages on the true configuration, shrunk."""
+
+import csv
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, SMALL, SMALL_DATA
+
+from ders.training.callbacks import AtomicCheckpointIO
+from ders.training.modules import NonFiniteLossError
+
+
+def losses(folder: Path) -> dict[int, str]:
+    with (folder / "metrics.csv").open(newline="") as rows:
+        return {int(row["step"]): row["train/loss"] for row in csv.DictReader(rows) if row["train/loss"]}
+
+
+LONG = ["stage.moe.max_steps=14", "stage.moe.save_every=3", "stage.moe.validate_every=null"]
+
+
+@pytest.mark.parametrize("method", ["ders_sm", "vanilla"])
+def test_a_killed_run_continues_as_if_it_had_never_stopped(
+    method: str, run_job: Callable[..., Path], train: Any, outputs: Path, tmp_path: Path
+) -> None:
+    noise = [f"method={method}", "upcycling.router.second_choice_noise=true"]
+    folder = run_job(*LONG, *noise)
+    expected, weights = losses(folder), (folder / "model" / "model.safetensors").read_bytes()
+    assert sorted(expected) == list(range(14))
+    folder.rename(tmp_path / "uninterrupted")
+
+    arguments = [*SMALL, *SMALL_DATA, *LONG, *noise, f"output_dir={outputs}"]
+    child = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *arguments], stderr=subprocess.PIPE, cwd=outputs)
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists():
+        assert child.poll() is None, child.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert not (folder / "record.json").exists()
+    stopped = torch.load(checkpoint, weights_only=True)["global_step"]
+    assert 0 < stopped < 14
+
+    assert run_job(*LONG, *noise, "ckpt_path=last") == folder
+    assert losses(folder) == expected
+    assert (folder / "model" / "model.safetensors").read_bytes() == weights
+    assert json.loads((folder / "record.json").read_text())["status"] == "finished"
+
+
+def test_a_limited_run_continues_too(run_job: Callable[..., Path]) -> None:
+    whole = losses(run_job("seed=5"))
+    folder = run_job("seed=5", "trainer.max_steps=2")
+    record = json.loads((folder / "record.json").read_text())
+    assert (record["status"], sorted(losses(folder))) == ("interrupted", [0, 1])
+    assert losses(run_job("seed=5", "ckpt_path=last")) == whole
+
+
+def test_a_non_finite_loss_stops_the_run(run_job: Callable[..., Path], outputs: Path) -> None:
+    diverging = ["stage.moe.optimizer.lr=1e30", "stage.moe.gradient_clip=null", "stage.moe.save_every=1", "seed=6"]
+    with pytest.raises(NonFiniteLossError, match=r"the loss became (nan|inf) at step \d"):
+        run_job(*diverging, "schedule@stage.moe.schedule=linear", "stage.moe.schedule.warmup_fraction=0")
+    record = json.loads(max(outputs.glob("ders_sm-*/record.json"), key=os.path.getmtime).read_text())
+    assert record["status"] == "failed"
+    assert "NonFiniteLossError: the loss became" in record["error"]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    saver = AtomicCheckpointIO()
+    saver.save_checkpoint({"step": 1}, tmp_path / "last.ckpt")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # a real write error, at the hundred-thousandth byte
+    try:
+        with pytest.raises(OSError, match="the checkpoint before this one is intact"):
+            saver.save_checkpoint({"step": 2, "weights": torch.zeros(100_000)}, tmp_path / "last.ckpt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True) == {"step": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_accumulation_and_bf16(run_job: Callable[..., Path]) -> None:
+    folder = run_job("stage.moe.accumulate=2", "trainer.precision=bf16-mixed", "seed=7")
+    assert len(losses(folder)) >= 4
+
+
+def test_gradients_of_text_only_batches_reach_every_parameter(llava_model: Any) -> None:
+    from ders.training import schedule
+    from ders.training.modules import LanguageModule
+    from ders.upcycling import set_trainable
+
+    set_trainable(llava_model.model, "paper")
+    module = LanguageModule(
+        llava_model,
+        router_loss_coef=0.0,
+        max_answer_tokens=2,
+        optimizer=torch.optim.AdamW,
+        schedule=schedule,
+        num_steps=1,
+        seed=0,
+        identity={},
+    )
+    idle = module._untouched()
+    idle.backward()
+    projector = [p for n, p in llava_model.model.named_parameters() if "multi_modal_projector" in n]
+    assert all(p.grad is not None for p in projector)
+    assert idle == 0
