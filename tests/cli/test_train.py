@@ -19,6 +19,7 @@ from ders.cli.app import UserError
 from ders.cli.train import main
 from ders.models.bundle import load_bundle
 from ders.moe import moe_layers
+from ders.reporting.figures import read_metrics
 
 
 def record_of(folder: Path) -> dict[str, Any]:
@@ -100,7 +101,7 @@ def test_other_models_and_data(overrides: list[str], data: list[str], run_job: C
 
 def test_own_files(run_job: Callable[..., Path], outputs: Path) -> None:
     run_job()
-    source = next((outputs / "cache" / "data").glob("digitsvqa-*"))
+    source = next((outputs / "cache" / "data").glob("digitsvqa-*/images/train/0.png")).parents[2]
     files = [f"data.{split}={source / f'{split}.json'}" for split in ("train", "test")]
     own = ["data=llava_files", *files, f"data.images={source / 'images'}", "data.image_size=16", "data.patch_size=8"]
     assert record_of(run_job(*own, data=[]))["metrics"]["test/accuracy"]["count"] == 48
@@ -179,7 +180,7 @@ def test_errors_come_alone_and_at_once(train: Any) -> None:
     assert "Traceback" not in result.stderr
 
 
-def test_a_sweep_of_two_process_runs(train: Any) -> None:
+def test_a_sweep_of_two_process_runs(train: Any, run_job: Callable[..., Path]) -> None:
     result = train("-m", "sparsity=0.9,0.99", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
     assert result.returncode == 0, result.stderr
     paths = result.stdout.splitlines()
@@ -188,6 +189,12 @@ def test_a_sweep_of_two_process_runs(train: Any) -> None:
         record = json.loads(Path(path).read_text())
         assert (record["status"], record["config"]["sparsity"]) == ("finished", sparsity)
         assert record["config"]["trainer"]["devices"] == 2
+    # Two processes compute what one does on the same global batch.
+    alone, together = (
+        read_metrics(folder / "metrics.csv") for folder in (run_job("sparsity=0.9"), Path(paths[0]).parent)
+    )
+    for key in ("train/loss", "train/router_loss"):
+        assert [v for _, v in together[key]] == pytest.approx([v for _, v in alone[key]], rel=1e-5)
 
 
 def test_a_new_delta_is_one_file_and_one_yaml(train: Any, tmp_path: Path) -> None:

@@ -14,16 +14,8 @@ def test_layer_label() -> None:
 
 
 def test_load_entropy_and_dead_experts(llava_model: Any) -> None:
-    module = LanguageModule(
-        llava_model,
-        router_loss_coef=0.0,
-        max_answer_tokens=2,
-        optimizer=None,
-        schedule=schedule,
-        num_steps=1,
-        seed=0,
-        identity={},
-    )
+    shared = {"optimizer": None, "schedule": schedule, "num_steps": 1, "seed": 0, "identity": {}}
+    module = LanguageModule(llava_model, router_loss_coef=0.0, max_answer_tokens=2, **shared)
     module.choices = {"m.layers.0.mlp": torch.tensor([2, 2, 2, 2]), "m.layers.4.mlp": torch.tensor([8, 0, 0, 0])}
     logged: dict[str, float] = {}
     logger = SimpleNamespace(log_metrics=lambda values, step: logged.update(values))

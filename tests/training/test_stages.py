@@ -16,8 +16,15 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, SMALL_DATA
 
+from ders.training import schedule
 from ders.training.callbacks import AtomicCheckpointIO
-from ders.training.modules import NonFiniteLossError
+from ders.training.modules import LanguageModule, NonFiniteLossError
+from ders.upcycling import set_trainable
+
+
+def language_module(bundle: Any) -> LanguageModule:
+    shared = {"optimizer": torch.optim.AdamW, "schedule": schedule, "num_steps": 1, "seed": 0, "identity": {}}
+    return LanguageModule(bundle, router_loss_coef=0.0, max_answer_tokens=2, **shared)
 
 
 def losses(folder: Path) -> dict[int, str]:
@@ -67,12 +74,25 @@ def test_a_limited_run_continues_too(run_job: Callable[..., Path]) -> None:
 
 
 def test_a_non_finite_loss_stops_the_run(run_job: Callable[..., Path], outputs: Path) -> None:
-    diverging = ["stage.moe.optimizer.lr=1e30", "stage.moe.gradient_clip=null", "stage.moe.save_every=1", "seed=6"]
+    diverging = ["stage.moe.optimizer.lr=1e30", "stage.moe.gradient_clip=null", "stage.moe.save_every=3", "seed=6"]
     with pytest.raises(NonFiniteLossError, match=r"the loss became (nan|inf) at step \d"):
-        run_job(*diverging, "schedule@stage.moe.schedule=linear", "stage.moe.schedule.warmup_fraction=0")
-    record = json.loads(max(outputs.glob("ders_sm-*/record.json"), key=os.path.getmtime).read_text())
+        run_job(*diverging, "stage.moe.schedule.warmup_fraction=0")
+    file = max(outputs.glob("ders_sm-*/record.json"), key=os.path.getmtime)
+    record = json.loads(file.read_text())
     assert record["status"] == "failed"
     assert "NonFiniteLossError: the loss became" in record["error"]
+
+
+def test_ruined_weights_never_replace_a_good_checkpoint(llava_model: Any) -> None:
+    module = language_module(llava_model)
+    checkpoint: dict[str, Any] = {}
+    module.on_save_checkpoint(checkpoint)
+    assert checkpoint == {"ders_identity": {}}
+    llava_model.model.lm_head.weight.data[0, 0] = float("nan")
+    with pytest.raises(
+        NonFiniteLossError, match=r"1 weights are not finite, among them model\.lm_head\.weight: not saved"
+    ):
+        module.on_save_checkpoint({})
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
@@ -95,22 +115,8 @@ def test_accumulation_and_bf16(run_job: Callable[..., Path]) -> None:
 
 
 def test_gradients_of_text_only_batches_reach_every_parameter(llava_model: Any) -> None:
-    from ders.training import schedule
-    from ders.training.modules import LanguageModule
-    from ders.upcycling import set_trainable
-
     set_trainable(llava_model.model, "paper")
-    module = LanguageModule(
-        llava_model,
-        router_loss_coef=0.0,
-        max_answer_tokens=2,
-        optimizer=torch.optim.AdamW,
-        schedule=schedule,
-        num_steps=1,
-        seed=0,
-        identity={},
-    )
-    idle = module._untouched()
+    idle = language_module(llava_model)._untouched()
     idle.backward()
     projector = [p for n, p in llava_model.model.named_parameters() if "multi_modal_projector" in n]
     assert all(p.grad is not None for p in projector)

@@ -1,10 +1,12 @@
 """`python train.py`: one run, from a dense parent to a record."""
 
+import contextlib
 import json
 import logging
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +51,10 @@ def run(config: DictConfig) -> float | None:
     checkpoint = _checkpoint(config, plain, folder)
     if first:
         _prepare_folder(folder, plain, resume=checkpoint is not None)
-    _children_run_this_job()
     results: dict[str, Any] = {}
     try:
-        complete = _train_and_score(config, plain, folder, checkpoint, results)
+        with _own_processes():
+            complete = _train_and_score(config, plain, folder, checkpoint, results)
     except BaseException as error:
         if first:
             status = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
@@ -177,11 +179,23 @@ def _is_first_process() -> bool:
     return int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
 
 
-def _children_run_this_job() -> None:
-    """Lightning starts its other processes with this process' arguments: under a sweep they would start the sweep
-    again. Give them the overrides of this very job, in single-run mode."""
+@contextlib.contextmanager
+def _own_processes() -> Iterator[None]:
+    """Keeps the processes of one job of a sweep apart from the next job's.
+
+    Lightning starts its other processes with this process' arguments, which under a sweep would start the sweep again:
+    they get the overrides of this very job, in single-run mode. And it leaves rank and address in the environment,
+    by which the next job would take its own processes for started already.
+    """
+    arguments, environment = list(sys.argv), dict(os.environ)
     if HydraConfig.initialized():
         sys.argv = [sys.argv[0], *HydraConfig.get().overrides.task, "hydra.mode=RUN"]
+    try:
+        yield
+    finally:
+        sys.argv = arguments
+        os.environ.clear()
+        os.environ.update(environment)
 
 
 def _wait_for_children(trainer: lightning.Trainer) -> None:

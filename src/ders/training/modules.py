@@ -16,7 +16,7 @@ from ders.moe import Routing, moe_layers, take_routings
 
 
 class NonFiniteLossError(ArithmeticError):
-    """The loss became NaN or infinite."""
+    """The loss, or a weight, became NaN or infinite."""
 
 
 class StageModule(lightning.LightningModule):
@@ -52,6 +52,13 @@ class StageModule(lightning.LightningModule):
         torch.manual_seed(stable_hash(self.seed, "batch", batch_idx, self.global_rank))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # A step can ruin the weights one step before the loss shows it: such a checkpoint must not replace a good one.
+        ruined = [n for n, p in self.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
+        if ruined:
+            raise NonFiniteLossError(
+                f"after step {self.global_step} {len(ruined)} weights are not finite, among them {ruined[0]}: not "
+                "saved. The last good checkpoint is kept: lower the learning rate or clip gradients, and start again"
+            )
         checkpoint["ders_identity"] = self.identity
 
     def refuse_non_finite(self, loss: Tensor) -> None:

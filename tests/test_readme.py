@@ -1,0 +1,105 @@
+"""Every command of the README runs, in smoke form, and every number in it comes from `results/`."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, SMALL, SMALL_DATA
+
+import ders
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = {language: re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) for language in ("bash", "python")}
+COMMANDS = [line.split("#")[0].strip() for block in BLOCKS["bash"] for line in block.splitlines() if line.strip()]
+TRAIN = [c for c in COMMANDS if c.startswith("python train.py") and "trainer=ddp" not in c]
+TABLES = [c for c in COMMANDS if c.startswith("python scripts/tables.py")]
+
+
+def test_no_command_is_left_out() -> None:
+    ddp = ["python train.py trainer=ddp trainer.devices=2"]  # its processes: tests/cli/test_train.py
+    assert sorted(COMMANDS) == sorted([*TRAIN, *TABLES, *ddp, "make train", "make test"])
+    assert len(TRAIN) > 8
+
+
+@pytest.mark.parametrize("target", ["train", "test"])
+def test_make_targets(target: str) -> None:
+    planned = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {"train": "python train.py", "test": "python -m pytest"}[target] in planned
+
+
+@pytest.mark.parametrize("command", TRAIN)
+def test_train_commands(command: str, outputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    from ders.cli.train import main
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    arguments = shlex.split(command)[2:]
+    flags, dials = ([a for a in arguments if a.startswith("-") is flag] for flag in (True, False))
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags, *SMALL, *SMALL_DATA, f"output_dir={outputs}", *dials])
+    main()
+    paths = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert paths
+    assert all(path.name == "record.json" and path.exists() for path in paths)
+
+
+@pytest.mark.parametrize("command", TABLES)
+def test_tables_commands(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ders.cli.tables import main
+
+    monkeypatch.setattr(sys, "argv", [*shlex.split(command)[1:], f"results={tmp_path}", f"output_dir={tmp_path}"])
+    main()
+
+
+def test_the_tables_are_those_of_results() -> None:
+    shown = re.findall(r"<!-- table:(\w+) -->\n(.*?)<!-- /table -->", README, re.DOTALL)
+    assert [name for name, _ in shown] == ["methods"]
+    for name, table in shown:
+        assert table == (ROOT / "results" / name / "table.md").read_text()
+
+
+def test_linked_files_exist() -> None:
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_library_example(dense_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    scope = {"model": dense_model(), "dense": dense_model(), "ids": torch.tensor([[1, 2, 3]])}
+    example = next(block for block in BLOCKS["python"] if "ders.upcycle" in block)
+    exec(example.replace("0.9999", "0.9"), scope)
+    assert "step-0 certificate" in capsys.readouterr().out
+    assert (tmp_path / "folder" / "config.json").exists()
+
+
+def test_delta_example() -> None:
+    example = next(block for block in BLOCKS["python"] if "class RowScale" in block)
+    scope: dict[str, Any] = {"Delta": ders.Delta, "nn": torch.nn, "torch": torch}
+    exec(example, scope)
+    delta = scope["RowScale"](2, 5, 3)
+    torch.nn.init.normal_(delta.scale_EX)
+    x, expert = torch.randn(4, 3), torch.tensor([0, 1, 1, 0])
+    dense = torch.stack([delta.dense(e) for e in (0, 1)])
+    torch.testing.assert_close(delta(x, expert), torch.einsum("soi,si->so", dense[expert], x))
+    torch.testing.assert_close(scope["RowScale"](2, 5, 3).fit_(dense).dense(1), dense[1])
+    del ders.Delta.known["RowScale"]
+
+
+def test_the_headline_counts() -> None:
+    from functools import partial
+
+    from transformers import AutoModelForCausalLM, StableLmConfig
+
+    shapes = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24, "num_attention_heads": 32}
+    for delta, printed in [
+        (partial(ders.SparseDelta, sparsity=0.9999), "DeRS-SM 0.26 M"),
+        (partial(ders.LowRankDelta, rank=1), "DeRS-LM\n1.20 M"),
+    ]:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(StableLmConfig(**shapes, vocab_size=100))
+        line = str(ders.upcycle(model, delta=delta))
+        assert printed in README
+        assert f"+{printed.split()[-2]} M parameters (vanilla +1,246 M)" in line
