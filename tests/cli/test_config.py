@@ -79,6 +79,12 @@ def test_trainers(trainer: str) -> None:
     assert trainer_factory(config, devices=1)(max_steps=1, logger=False).max_steps == 1
 
 
+def test_a_gpu_trainer_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="torch sees no GPU here"):
+        check(composed("trainer=gpu"))
+
+
 @pytest.mark.parametrize("logger", choices("logger"))
 def test_loggers(logger: str) -> None:
     config = composed(f"logger={logger}")
@@ -133,6 +139,8 @@ def test_a_method_owns_its_dials() -> None:
         (["parent=/nowhere"], "/nowhere: no such folder"),
         (["scale=paper"], "has one size, tiny"),
         (["stage.moe.max_steps=0"], "max_steps of a stage must be at least 1"),
+        (["trainer=ddp", "trainer.devices=5"], "make it a multiple of 5"),
+        (["stage.moe.accumulate=3"], "make it a multiple of 3"),
         (["method.delta._target_=os.system"], "_target_ os.system is not allowed"),
     ],
 )

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+from conftest import ROOT, SMALL, SMALL_DATA
 
 import ders
 from ders.cli.app import UserError
@@ -195,6 +195,17 @@ def test_a_sweep_of_two_process_runs(train: Any, run_job: Callable[..., Path]) -
     )
     for key in ("train/loss", "train/router_loss"):
         assert [v for _, v in together[key]] == pytest.approx([v for _, v in alone[key]], rel=1e-5)
+
+
+def test_a_failing_job_stops_no_other_and_the_exit_code_tells(
+    outputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    arguments = [*SMALL, *SMALL_DATA, f"output_dir={outputs}", "seed=14", "sparsity=1.5,0.99"]
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", *arguments])
+    with pytest.raises(SystemExit, match="sparsity must be in"):
+        main()
+    (path,) = capsys.readouterr().out.splitlines()
+    assert json.loads(Path(path).read_text())["config"]["sparsity"] == 0.99
 
 
 def test_a_new_delta_is_one_file_and_one_yaml(train: Any, tmp_path: Path) -> None:

@@ -35,6 +35,14 @@ def test_positions_are_distinct_ascending_and_in_range(out_features: int, in_fea
     assert positions.max() < out_features * in_features
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_draws_the_same_positions() -> None:
+    assert torch.equal(
+        sample_positions(999, 128, 512, seed=7, device="cuda").cpu(), sample_positions(999, 128, 512, seed=7)
+    )
+
+
 def test_positions_are_uniform() -> None:
     # 4,000 draws of 9 among 63: every cell, every row and every pair of neighbours as often as chance says.
     hits = torch.zeros(63)

@@ -141,6 +141,22 @@ def test_no_expert_weight_is_ever_built(delta: str, monkeypatch: pytest.MonkeyPa
     assert calls == [13, 13, 13]  # the base runs once per token, not once per choice
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("delta", DELTAS)
+def test_on_a_gpu(delta: str, dtype: torch.dtype) -> None:
+    _, layer = build("gated", delta)
+    exact = copy.deepcopy(layer).double()
+    x = torch.randn(50, D, dtype=torch.float64)
+    device_layer = layer.to("cuda", dtype)
+    y = device_layer(x.to("cuda", dtype))
+    y.float().sum().backward()
+    bound = 1e-5 if dtype == torch.float32 else 0.05
+    assert (y.cpu().double() - exact(x)).norm() <= bound * exact(x).norm()
+    assert all(p.grad is not None for p in device_layer.parameters())
+
+
 def test_dropped_choices_add_nothing() -> None:
     dense, layer = build("plain", "sparse")
     layer.router = TopKRouter(D, 4, 2, capacity_factor=0.25, seed=3)

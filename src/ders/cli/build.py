@@ -12,6 +12,7 @@ from ders.cli.app import UserError, to_plain
 from ders.data import DataSource
 from ders.models.bundle import read_config
 from ders.models.tiny import dense_from_config
+from ders.training.batches import StepBatches
 from ders.upcycling import UpcyclingSummary, set_trainable, upcycle
 
 _ALLOWED = ("ders.", "torch.optim.", "lightning.")
@@ -78,3 +79,13 @@ def check(config: DictConfig) -> None:
     set_trainable(model, config.trainable)
     for stage in config.stage.values():
         instantiate(stage)
+    _check_devices(config)
+
+
+def _check_devices(config: DictConfig) -> None:
+    trainer, stage = config.trainer, config.stage.moe
+    if trainer.accelerator == "gpu" and not torch.cuda.is_available():
+        raise UserError("trainer.accelerator=gpu: torch sees no GPU here. Use trainer=cpu, or a CUDA build of torch")
+    if isinstance(trainer.devices, int):
+        world_size = trainer.devices * trainer.num_nodes
+        StepBatches(1, stage.global_batch_size, 1, accumulate=stage.accumulate, world_size=world_size)

@@ -73,25 +73,26 @@ def _save(figure: plt.Figure, file: Path) -> Path:
 def draw_claim(rows: list[Row], dial: str | None, title: str, file: Path) -> Path:
     """Test accuracy of a claim's rows, every seed a dot: over a dial, or one place per row.
 
-    The dense parent and the question-only prior are drawn as lines.
+    The dense parent is a line; the question-only prior, far below, is told in the legend.
     """
     metric = "test/accuracy"
     with plt.rc_context(_STYLE):
         figure, axis = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
-        places = range(len(rows))
-        names = [str(row.dials.get(dial, row.label)) if dial else row.label for row in rows]
-        for place, row in zip(places, rows, strict=True):
+        for place, row in enumerate(rows):
             scores = [100 * score for score in row.scores(metric)]
-            axis.plot([place] * len(scores), scores, "o", color="C0", alpha=0.5, zorder=3)
-            axis.plot([place - 0.15, place + 0.15], [100 * row.mean(metric)] * 2, color="C0", linewidth=2.5, zorder=3)
+            beside = [place + 0.08 * (i - (len(scores) - 1) / 2) for i in range(len(scores))]
+            axis.plot(beside, scores, "o", color="C0", alpha=0.6, zorder=3, label="a seed" if place == 0 else None)
+            mean = [100 * row.mean(metric)] * 2
+            axis.plot([place - 0.2, place + 0.2], mean, color="C1", linewidth=2, label="mean" if place == 0 else None)
         first = rows[0].records[0]["metrics"]
-        for key, label, style in [
-            ("parent/accuracy", "dense parent", "--"),
-            ("test/prior", "question-only prior", ":"),
-        ]:
-            if key in first:
-                axis.axhline(100 * first[key]["value"], color="0.4", linestyle=style, linewidth=1, label=label)
-        axis.set_xticks(list(places), names)
+        if "parent/accuracy" in first:
+            parent = 100 * first["parent/accuracy"]["value"]
+            axis.axhline(parent, color="0.4", linestyle="--", linewidth=1, label="dense parent, before this stage")
+        if "test/prior" in first:
+            axis.plot([], [], " ", label=f"question-only prior: {100 * first['test/prior']['value']:.1f}")
+        names = [str(row.dials.get(dial, row.label)) if dial else row.label.replace(" ", "\n", 1) for row in rows]
+        axis.set_xticks(range(len(rows)), names)
         axis.set(xlabel=dial or "", ylabel="test accuracy, %", title=title, xlim=(-0.5, len(rows) - 0.5))
-        axis.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 0.12))
+        axis.margins(y=0.2)
+        axis.legend(frameon=False, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4)
         return _save(figure, file)
