@@ -121,7 +121,7 @@ def test_a_finished_run_is_skipped_on_request_and_an_old_attempt_is_kept(run_job
     run_job("seed=10", "skip_completed=true")
     assert (folder / "record.json").stat().st_mtime_ns == stamp
     run_job("seed=10")
-    assert (folder / "previous" / "record.json").stat().st_mtime_ns == stamp
+    assert (folder / "previous" / "0" / "record.json").stat().st_mtime_ns == stamp
 
 
 def test_checkpoints_that_do_not_fit(run_job: Callable[..., Path], tmp_path: Path) -> None:

@@ -26,7 +26,6 @@ def test_round_trip(repository: Path) -> None:
     assert read_record(write_record(record, repository / "r" / "record.json")) == record
     assert record["seed"] == 3
     assert len(record["commit"]) == 40
-    assert record["wall_seconds"] < 60
 
 
 def test_dirty_ignores_runs_and_results(repository: Path) -> None:

@@ -18,8 +18,11 @@ def test_load_entropy_and_dead_experts(llava_model: Any) -> None:
     module = LanguageModule(llava_model, router_loss_coef=0.0, max_answer_tokens=2, **shared)
     module.choices = {"m.layers.0.mlp": torch.tensor([2, 2, 2, 2]), "m.layers.4.mlp": torch.tensor([8, 0, 0, 0])}
     logged: dict[str, float] = {}
+    progress = SimpleNamespace(current=SimpleNamespace(ready=10))
+    loops = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
     logger = SimpleNamespace(log_metrics=lambda values, step: logged.update(values))
-    RoutingMonitor().on_train_batch_end(SimpleNamespace(global_step=10, max_steps=20, loggers=[logger]), module)
+    trainer = SimpleNamespace(global_step=10, max_steps=20, accumulate_grad_batches=1, fit_loop=loops, loggers=[logger])
+    RoutingMonitor().on_train_batch_end(trainer, module)
     assert logged["routing/layer_0/entropy"] == pytest.approx(1)
     assert logged["routing/layer_0/dead_experts"] == 0
     assert logged["routing/layer_4/entropy"] == 0

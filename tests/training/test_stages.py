@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, SMALL_DATA
 
+from ders.reporting.figures import read_metrics
 from ders.training import schedule
 from ders.training.callbacks import AtomicCheckpointIO
 from ders.training.modules import LanguageModule, NonFiniteLossError
@@ -67,9 +68,10 @@ def test_a_killed_run_continues_as_if_it_had_never_stopped(
 
 def test_a_limited_run_continues_too(run_job: Callable[..., Path]) -> None:
     whole = losses(run_job("seed=5"))
-    folder = run_job("seed=5", "trainer.max_steps=2")
+    folder = run_job("seed=5", "trainer.max_steps=3")  # not a multiple of save_every
     record = json.loads((folder / "record.json").read_text())
-    assert (record["status"], sorted(losses(folder))) == ("interrupted", [0, 1])
+    assert (record["status"], sorted(losses(folder))) == ("interrupted", [0, 1, 2])
+    assert record["error"] == "stopped at step 3 of 4; continue with ckpt_path=last"
     assert losses(run_job("seed=5", "ckpt_path=last")) == whole
 
 
@@ -111,7 +113,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
 
 def test_accumulation_and_bf16(run_job: Callable[..., Path]) -> None:
     folder = run_job("stage.moe.accumulate=2", "trainer.precision=bf16-mixed", "seed=7")
-    assert len(losses(folder)) >= 4
+    metrics = read_metrics(folder / "metrics.csv")
+    assert [step for step, _ in metrics["train/loss"]] == [0, 1, 2, 3]
+    assert [step for step, _ in metrics["routing/layer_0/entropy"]] == [3]
 
 
 def test_gradients_of_text_only_batches_reach_every_parameter(llava_model: Any) -> None:

@@ -36,10 +36,16 @@ def _targets(data: Any) -> list[str]:
     return [t for value in data for t in _targets(value)] if isinstance(data, list) else []
 
 
-def trainer_factory(config: DictConfig, **changes: Any) -> Any:
+def trainer_factory(config: DictConfig) -> Any:
     """Partial of the configured trainer. Its own `max_steps` is a limit that `fit` takes, not the stage's length."""
-    bound = {key: value for key, value in to_plain(config.trainer).items() if key != "max_steps"}
-    return instantiate(OmegaConf.create({**bound, **changes}))
+    return instantiate(OmegaConf.create({k: v for k, v in to_plain(config.trainer).items() if k != "max_steps"}))
+
+
+def parent_trainer_factory(config: DictConfig) -> Any:
+    """Partial of the trainer of a parent: one process in fp32 without limits, whatever the run itself uses, for one
+    parent serves all."""
+    shared = {key: config.trainer[key] for key in ("_target_", "_partial_", "accelerator", "log_every_n_steps")}
+    return instantiate(OmegaConf.create({**shared, "devices": 1, "precision": "32-true"}))
 
 
 def upcycle_by_config(model: torch.nn.Module, config: DictConfig) -> UpcyclingSummary | None:

@@ -6,19 +6,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-import lightning
 from omegaconf import DictConfig
 
 import ders
 from ders.cli.app import to_plain
-from ders.cli.build import instantiate, trainer_factory
+from ders.cli.build import instantiate, parent_trainer_factory
 from ders.cli.identity import digest
 from ders.data import DataSource, PreparedData
 from ders.data.source import building
 from ders.evaluation.scoring import score
 from ders.models.bundle import save_bundle
 from ders.training import Stage
-from ders.training.fit import fit
+from ders.training.fit import fit, seed_everything
 
 log = logging.getLogger(__name__)
 
@@ -60,10 +59,9 @@ def _train_parent(
     config: DictConfig, source: DataSource, prepared: PreparedData, recipe: dict[str, Any], folder: Path
 ) -> None:
     started = time.perf_counter()
-    lightning.seed_everything(config.parent_seed, verbose=False)
+    seed_everything(config.parent_seed)
     bundle = instantiate(config.model).build(prepared.texts())
-    # One process trains the parent, whatever the run will use.
-    make_trainer = trainer_factory(config, devices=1, num_nodes=1, strategy="auto")
+    make_trainer = parent_trainer_factory(config)
     for name in STAGES:
         stage: Stage = instantiate(config.stage[name])
         reason = stage.skipped(bundle, prepared)
@@ -73,7 +71,9 @@ def _train_parent(
         module = stage.module(bundle, source, prepared, config.parent_seed, recipe)
         data = stage.data(bundle, source, prepared)
         logs = folder / "logs" / name
-        fit(stage, module, data, make_trainer, label=name, folder=logs, seed=config.parent_seed)
+        trainer = fit(stage, module, data, make_trainer, label=name, folder=logs, seed=config.parent_seed)
+        if trainer.global_step != stage.max_steps:
+            raise RuntimeError(f"stage {name} of the parent stopped at step {trainer.global_step}: nothing is kept")
     bundle.model.cpu()
     save_bundle(bundle, folder / "model")
     for item in (folder / "model").iterdir():

@@ -45,7 +45,7 @@ def build_tables(config: DictConfig) -> None:
         built[name] = {row.label: percent(row.mean("test/accuracy"), row.spread("test/accuracy")) for row in rows}
         if config.format == "table":
             print(f"{table}\n{folder / 'table.md'}, {folder / 'figure.png'}\n")
-    if config.results == "results":
+    if config.readme:
         update_readme(ROOT / "README.md", results)
     if config.format == "json":
         print(json.dumps(built))

@@ -4,15 +4,16 @@ import contextlib
 import json
 import logging
 import os
-import shutil
 import sys
+import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
@@ -22,13 +23,14 @@ from ders.cli.build import check, instantiate, trainer_factory, upcycle_by_confi
 from ders.cli.identity import differences, identity, run_folder
 from ders.cli.parents import parent_folder, parent_scores
 from ders.data import DataSource, PreparedData
+from ders.data.conversation import Template
 from ders.evaluation.scoring import score
-from ders.models.bundle import load_bundle, save_bundle, stored_bytes
-from ders.reporting import finish_record, read_record, start_record, write_record
+from ders.models.bundle import load_bundle, save_bundle, stored_bytes, weights_sha256
+from ders.reporting import RecordError, finish_record, read_record, start_record, write_record
 from ders.reporting.figures import draw_run
 from ders.training import Stage
-from ders.training.callbacks import peak_gib
-from ders.training.fit import fit
+from ders.training.callbacks import peak_gib, reset_peak
+from ders.training.fit import fit, seed_everything
 
 log = logging.getLogger(__name__)
 
@@ -41,46 +43,58 @@ def run(config: DictConfig) -> float | None:
     """One job. Prints the path of its record as the last line on stdout; returns the test accuracy, for searches."""
     plain = to_plain(config)
     folder = run_folder(plain, ROOT)
-    first = _is_first_process()
-    record = start_record(ROOT, plain, [Path(sys.argv[0]).name, *sys.argv[1:]])
     if config.skip_completed and _finished(folder):
         log.info("%s has a finished record: skipped", folder)
         print(folder / "record.json", flush=True)
         return None
     check(config)
     checkpoint = _checkpoint(config, plain, folder)
-    if first:
-        _prepare_folder(folder, plain, resume=checkpoint is not None)
+    if not _is_first_process():
+        _train_and_score(config, plain, folder, checkpoint, {})
+        return None
+    with _alone_in(folder), _own_processes():
+        return _record(config, plain, folder, checkpoint)
+
+
+def _record(config: DictConfig, plain: dict[str, Any], folder: Path, checkpoint: Path | None) -> float | None:
+    """Runs the job and writes its record, whatever happens."""
+    record = start_record(ROOT, plain, _command())
+    if record["dirty"]:
+        log.warning("there are uncommitted changes: the record of this run says so, and results/ will not take it")
+    _prepare_folder(folder, plain, resume=checkpoint is not None)
     results: dict[str, Any] = {}
     try:
-        with _own_processes():
-            complete = _train_and_score(config, plain, folder, checkpoint, results)
+        step, steps = _train_and_score(config, plain, folder, checkpoint, results)
+        stopped = None if step == steps else f"stopped at step {step} of {steps}; continue with ckpt_path=last"
+        ended = finish_record(record, "interrupted" if stopped else "finished", stopped, **results)
+        path = write_record(ended, folder / "record.json")
     except BaseException as error:
-        if first:
-            status = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
-            ended = finish_record(record, status, f"{type(error).__name__}: {error}", **results)
-            write_record(ended, folder / "record.json")
+        status = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
+        try:
+            (folder / "error.txt").write_text(traceback.format_exc())
+            message = f"{type(error).__name__}: {error}"
+            write_record(finish_record(record, status, message, **results), folder / "record.json")
+        except (OSError, RecordError) as second:  # a full disk must not hide what happened first
+            log.error("the record of this failure could not be written: %s", second)
         raise
-    if not first:
-        return None
-    status = "finished" if complete else "interrupted"
-    error = None if complete else "stopped by trainer.max_steps; continue with ckpt_path=last"
-    path = write_record(finish_record(record, status, error, **results, peak_gib=peak_gib()), folder / "record.json")
     print(path, flush=True)
-    return results["metrics"].get("test/accuracy", {}).get("value")
+    accuracy: float | None = results["metrics"].get("test/accuracy", {}).get("value")
+    return accuracy
 
 
 def _train_and_score(
     config: DictConfig, plain: dict[str, Any], folder: Path, checkpoint: Path | None, results: dict[str, Any]
-) -> bool:
-    """Fills `results` as they come; returns whether the stage ran to its end. Children return after the fit."""
+) -> tuple[int, int]:
+    """Fills `results` as they come; returns the step reached and the steps of the stage. Children only train."""
     cache = ROOT / config.output_dir / "cache"
     source: DataSource = instantiate(config.data)
     prepared = source.prepare(cache)
     results["data_hash"] = prepared.data_hash
     parent = parent_folder(config, source, prepared, cache)
 
-    lightning.seed_everything(config.seed, verbose=False)
+    started = time.perf_counter()
+    reset_peak()
+    seed_everything(config.seed)
     bundle = load_bundle(parent, dtype=torch.float32)
     summary = upcycle_by_config(bundle.model, config)
     log.info("%s", summary or "dense control: no FFN is replaced")
@@ -88,31 +102,51 @@ def _train_and_score(
     stage: Stage = instantiate(config.stage.moe)
     module = stage.module(bundle, source, prepared, config.seed, identity(plain))
     results.update(vars(count_parameters(bundle.model)))
-    trainer = fit(
-        stage,
-        module,
-        stage.data(bundle, source, prepared),
-        trainer_factory(config),
-        label=config.method.name,
-        folder=folder,
-        seed=config.seed,
-        loggers=_loggers(config, plain, folder),
-        max_steps=config.trainer.max_steps,
-        ckpt_path=checkpoint,
-    )
-    if not trainer.is_global_zero:
-        return False
-    _wait_for_children(trainer)
-    bundle.model.cpu()
-    provenance = {"data": type(source).__name__, "data_hash": prepared.data_hash, "parent": str(parent)}
-    save_bundle(bundle, folder / "model", provenance)
-    results["stored_bytes"] = stored_bytes(folder / "model")
-    results["metrics"] = _scores(folder, source, prepared, trainer) | parent_scores(parent)
-    draw_run(folder)
-    return trainer.global_step == stage.max_steps
+    with _loggers(config, plain, folder) as loggers:
+        trainer = fit(
+            stage,
+            module,
+            stage.data(bundle, source, prepared),
+            trainer_factory(config),
+            label=config.method.name,
+            folder=folder,
+            seed=config.seed,
+            loggers=loggers,
+            max_steps=config.trainer.max_steps,
+            ckpt_path=checkpoint,
+        )
+    if trainer.is_global_zero:
+        _wait_for_children(trainer)
+        bundle.model.cpu()
+        save_bundle(bundle, folder / "model", _provenance(prepared, parent))
+        results["stored_bytes"] = stored_bytes(folder / "model")
+        results["metrics"] = _scores(folder, source, prepared, trainer) | parent_scores(parent)
+        draw_run(folder)
+        results["peak_gib"] = peak_gib()
+        results["wall_seconds"] = round(time.perf_counter() - started, 2)
+    return trainer.global_step, stage.max_steps
 
 
-def _scores(folder: Path, source: DataSource, prepared: PreparedData, trainer: lightning.Trainer) -> dict[str, Any]:
+def _provenance(prepared: PreparedData, parent: Path) -> dict[str, Any]:
+    """Where a model came from and what it was trained on, for commands that meet its folder later."""
+    data = HydraConfig.get().runtime.choices.get("data") if HydraConfig.initialized() else None
+    return {
+        "data": data,
+        "data_hash": prepared.data_hash,
+        "split": "train",
+        "prompt": vars(Template()),
+        "parent": str(parent),
+        "parent_sha256": weights_sha256(parent),
+    }
+
+
+def _command() -> list[str]:
+    """What repeats this very job, also one of a sweep."""
+    overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else sys.argv[1:]
+    return ["python", "train.py", *overrides]
+
+
+def _scores(folder: Path, source: DataSource, prepared: PreparedData, trainer: Any) -> dict[str, Any]:
     """Scores of the folder that was written, not of the model in memory: what is counted is what users load."""
     if "test" not in prepared.files:
         return {}
@@ -124,12 +158,19 @@ def _scores(folder: Path, source: DataSource, prepared: PreparedData, trainer: l
     return scored.metrics
 
 
-def _loggers(config: DictConfig, plain: dict[str, Any], folder: Path) -> list[Any]:
+@contextlib.contextmanager
+def _loggers(config: DictConfig, plain: dict[str, Any], folder: Path) -> Iterator[list[Any]]:
+    """The loggers beside the CSV file, closed at the end: the next job of a sweep must not write into them."""
     if not config.logger or not _is_first_process():
-        return []
+        yield []
+        return
     logger = instantiate(config.logger)(save_dir=folder, name=folder.name)
     logger.log_hyperparams(plain)
-    return [logger]
+    try:
+        yield [logger]
+    finally:
+        if hasattr(logger.experiment, "finish"):
+            logger.experiment.finish()
 
 
 def _checkpoint(config: DictConfig, plain: dict[str, Any], folder: Path) -> Path | None:
@@ -158,16 +199,31 @@ def _checkpoint(config: DictConfig, plain: dict[str, Any], folder: Path) -> Path
 def _prepare_folder(folder: Path, plain: dict[str, Any], *, resume: bool) -> None:
     """An earlier attempt's files move aside when this one starts from the beginning: nothing is lost by a slip."""
     if not resume and folder.exists() and any(folder.iterdir()):
-        previous = folder / "previous"
-        shutil.rmtree(previous, ignore_errors=True)
-        entries = [entry for entry in folder.iterdir() if entry != previous]
+        attempts = folder / "previous"
+        attempts.mkdir(exist_ok=True)
+        previous = attempts / str(len(list(attempts.iterdir())))
+        entries = [entry for entry in folder.iterdir() if entry != attempts]
         previous.mkdir()
         for entry in entries:
             entry.rename(previous / entry.name)
-        if (previous / "checkpoints" / "last.ckpt").exists() and not _finished(previous):
-            log.warning("starting over; the unfinished attempt is kept in %s (ckpt_path=last continues one)", previous)
+        log.warning("starting over: what was here is now in %s. ckpt_path=last would have continued it", previous)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """One process group per run folder: a second one of the same configuration is refused."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"{folder} is being written by another process with the same configuration") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _finished(folder: Path) -> bool:
@@ -198,7 +254,7 @@ def _own_processes() -> Iterator[None]:
         os.environ.update(environment)
 
 
-def _wait_for_children(trainer: lightning.Trainer) -> None:
+def _wait_for_children(trainer: Any) -> None:
     for process in getattr(trainer.strategy.launcher, "procs", None) or []:
         process.wait()
     if torch.distributed.is_initialized():

@@ -1,6 +1,7 @@
 """A model with what it reads through, and its Hugging Face folder."""
 
 import functools
+import hashlib
 import json
 import os
 import shutil
@@ -99,7 +100,7 @@ def read_config(folder: Path) -> Any:
         raise ModelFolderError(f"{folder}: no such folder. Give the path of a Hugging Face model folder")
     try:
         json.loads((folder / "config.json").read_text())
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelFolderError(f"{folder}: config.json is missing or unreadable: {error}") from error
     if not any(folder.glob("*.safetensors")):
@@ -121,13 +122,22 @@ def load_bundle(folder: Path, dtype: torch.dtype | str = "auto") -> ModelBundle:
         model, report = auto_model.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
-        processor = (AutoProcessor if has_images else AutoTokenizer).from_pretrained(folder)
+        processor = (AutoProcessor if has_images else AutoTokenizer).from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # safetensors, json and torch each raise their own on a damaged file
         raise ModelFolderError(f"{folder}: cannot be loaded: {error}") from error
     lost = [f"{what} {sorted(report[what])[:3]}" for what in ("missing_keys", "unexpected_keys") if report[what]]
     if lost:
         raise ModelFolderError(f"{folder}: the weights do not fit config.json: {'; '.join(lost)}")
     return ModelBundle(model, processor)
+
+
+def weights_sha256(folder: Path) -> str:
+    """sha256 over the weight files of a model folder, in the order of their names."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()
 
 
 def stored_bytes(folder: Path) -> int:

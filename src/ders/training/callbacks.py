@@ -1,5 +1,6 @@
 """What is watched while a stage trains."""
 
+import contextlib
 import math
 import os
 import resource
@@ -10,7 +11,7 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
@@ -26,8 +27,9 @@ def log_now(trainer: lightning.Trainer, values: dict[str, float]) -> None:
 
 
 def is_due(trainer: lightning.Trainer, every_n_steps: int) -> bool:
-    """Every n steps, and at the end."""
-    return trainer.global_step % every_n_steps == 0 or trainer.global_step == trainer.max_steps
+    """After every n-th optimizer step and the last, and not after the micro-batches between."""
+    stepped = trainer.fit_loop.epoch_loop.batch_progress.current.ready % trainer.accumulate_grad_batches == 0
+    return stepped and (trainer.global_step % every_n_steps == 0 or trainer.global_step == trainer.max_steps)
 
 
 class RoutingMonitor(Callback):
@@ -71,7 +73,7 @@ class Throughput(Callback):
     def on_train_batch_start(self, trainer: lightning.Trainer, module: Any, batch: dict[str, Tensor], _: int) -> None:
         if self.tokens == 0:
             self.since = time.perf_counter()
-        self.tokens += batch.get("attention_mask", batch["labels"]).numel()
+        self.tokens += int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["labels"].numel()
 
     def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, *_: Any) -> None:
         if is_due(trainer, self.every_n_steps):
@@ -80,12 +82,23 @@ class Throughput(Callback):
             self.tokens = 0
 
 
+def reset_peak() -> None:
+    """Forget the peak so far: a sweep runs many jobs in one process."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):  # Linux alone can
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_gib() -> float:
-    """Peak memory of this process in GiB: the accelerator's where there is one, else resident memory."""
+    """Peak memory of this process in GiB since `reset_peak`: the accelerator's where there is one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
 
 
 class PlainProgress(Callback):
@@ -129,10 +142,26 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         partial.replace(path)
 
 
-class FlushLogs(Callback):
-    """Writes logged rows out before every checkpoint, so a resumed run finds all rows up to it."""
+class LastCheckpoint(Checkpoint):
+    """Saves every n optimizer steps and where training ends, over the checkpoint before. Lightning runs it last.
 
-    def on_save_checkpoint(self, trainer: lightning.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
-        for logger in trainer.loggers:
-            if isinstance(logger, CSVLogger):
-                logger.save()
+    Logged rows are written out first, so a resumed run finds all rows up to its checkpoint.
+    """
+
+    def __init__(self, path: Path, every_n_steps: int) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"save_every of a stage must be at least 1, or null for never: got {every_n_steps}")
+        self.path, self.every_n_steps, self.saved = path, every_n_steps, 0
+
+    def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
+        self.saved = trainer.global_step
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, *_: Any) -> None:
+        step = trainer.global_step
+        ending = trainer.should_stop or step == trainer.max_steps
+        if step != self.saved and (step % self.every_n_steps == 0 or ending):
+            for logger in trainer.loggers:
+                if isinstance(logger, CSVLogger):
+                    logger.save()
+            trainer.save_checkpoint(self.path)
+            self.saved = step

@@ -10,12 +10,12 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger
 from torch.utils.data import DataLoader
 
 from ders.training.batches import StepBatches
-from ders.training.callbacks import AtomicCheckpointIO, FlushLogs, PlainProgress, RoutingMonitor, Throughput
+from ders.training.callbacks import AtomicCheckpointIO, LastCheckpoint, PlainProgress, RoutingMonitor, Throughput
 from ders.training.modules import StageModule
 from ders.training.stages import Stage, StageData
 
@@ -27,12 +27,17 @@ warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).
 warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 
 
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's generators."""
+    lightning.seed_everything(seed, verbose=False)
+
+
 class StageLoaders(lightning.LightningDataModule):
     """Loaders of one stage; the training loader starts where the checkpoint stopped."""
 
-    def __init__(self, data: StageData, stage: Stage, seed: int, num_workers: int) -> None:
+    def __init__(self, data: StageData, stage: Stage, seed: int) -> None:
         super().__init__()
-        self.data, self.stage, self.seed, self.num_workers = data, stage, seed, num_workers
+        self.data, self.stage, self.seed = data, stage, seed
 
     def train_dataloader(self) -> DataLoader[Any]:
         batches = StepBatches(
@@ -45,9 +50,7 @@ class StageLoaders(lightning.LightningDataModule):
             world_size=self.trainer.world_size,
             start=self.trainer.global_step * self.stage.accumulate,
         )
-        return DataLoader(
-            self.data.train, batch_sampler=batches, collate_fn=self.data.collate, num_workers=self.num_workers
-        )
+        return DataLoader(self.data.train, batch_sampler=batches, collate_fn=self.data.collate)
 
     def val_dataloader(self) -> Any:
         return self.data.validation_loader(self.trainer.global_rank, self.trainer.world_size) or []
@@ -64,7 +67,6 @@ def fit(
     seed: int,
     loggers: list[Logger] | None = None,
     max_steps: int | None = None,
-    num_workers: int = 0,
     ckpt_path: Path | None = None,
 ) -> lightning.Trainer:
     """Train one stage.
@@ -85,18 +87,10 @@ def fit(
     callbacks: list[Callback] = [
         RoutingMonitor(),
         Throughput(),
-        FlushLogs(),
         RichProgressBar(console_kwargs={"stderr": True}) if sys.stderr.isatty() else PlainProgress(label),
     ]
     if stage.save_every is not None:
-        callbacks.append(
-            ModelCheckpoint(
-                folder / "checkpoints",
-                filename="last",
-                every_n_train_steps=stage.save_every,
-                enable_version_counter=False,
-            )
-        )
+        callbacks.append(LastCheckpoint(folder / "checkpoints" / "last.ckpt", stage.save_every))
     steps = stage.max_steps if max_steps is None else min(max_steps, stage.max_steps)
     trainer = make_trainer(
         max_steps=steps,
@@ -119,7 +113,7 @@ def fit(
     if ckpt_path is not None and trainer.global_rank == 0:
         _keep_rows(csv_logger, ckpt_path)
     module.train()  # Hugging Face loads in evaluation mode
-    trainer.fit(module, StageLoaders(data, stage, seed, num_workers), ckpt_path=ckpt_path, weights_only=True)
+    trainer.fit(module, StageLoaders(data, stage, seed), ckpt_path=ckpt_path, weights_only=True)
     return trainer
 
 

@@ -62,7 +62,8 @@ class StageModule(lightning.LightningModule):
         checkpoint["ders_identity"] = self.identity
 
     def refuse_non_finite(self, loss: Tensor) -> None:
-        if not torch.isfinite(loss):
+        # All processes stop together: one that stopped alone would leave the others waiting.
+        if global_sum((~torch.isfinite(loss)).int()):
             raise NonFiniteLossError(
                 f"the loss became {loss.item()} at step {self.global_step}. The last good checkpoint is kept: lower "
                 "the learning rate or clip gradients, and start again"
