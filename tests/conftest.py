@@ -42,8 +42,8 @@ def run_job(outputs: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pat
     from hydra.core.global_hydra import GlobalHydra
 
     from ders.cli.app import prepare_hydra, to_plain
-    from ders.cli.identity import run_folder
     from ders.cli.train import run
+    from ders.reporting.identity import run_folder
 
     monkeypatch.setattr(sys, "argv", ["train.py"])
     prepare_hydra()

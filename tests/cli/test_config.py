@@ -1,5 +1,6 @@
 """Every YAML is composed, and instantiated where it needs neither network nor accelerator."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from omegaconf import OmegaConf
 from ders.cli.app import UserError, prepare_hydra, to_plain
 from ders.cli.build import check, instantiate, trainer_factory
 from ders.cli.dials import dials_by_owner
-from ders.cli.identity import differences, identity, run_folder
 from ders.cli.sweeper import expand
+from ders.reporting.identity import differences, identity, run_folder
 
 CONF = ROOT / "conf"
 
@@ -76,7 +77,8 @@ def test_trainers(trainer: str) -> None:
     if trainer == "gpu" and not torch.cuda.is_available():
         assert config.trainer.accelerator == "gpu"
         return
-    assert trainer_factory(config, devices=1)(max_steps=1, logger=False).max_steps == 1
+    config.trainer.devices = 1
+    assert trainer_factory(config)(max_steps=1, logger=False).max_steps == 1
 
 
 def test_a_gpu_trainer_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,9 +108,18 @@ def test_claims(claim: str) -> None:
     assert to_plain(composed(f"experiments={claim}")) == to_plain(composed())  # a claim changes no run
 
 
-def test_every_file_says_its_command() -> None:
-    for file in (CONF / "method").glob("*.yaml"):
-        assert re.search(rf"^# python train.py method={file.stem}\b", file.read_text(), re.MULTILINE), file
+@pytest.mark.parametrize(
+    "file", [f for g in ("method", "model", "data", "trainer", "logger") for f in (CONF / g).iterdir()]
+)
+def test_the_command_of_a_file_works(file: Path) -> None:
+    if file.stem == "csv":
+        return
+    command = re.search(r"^# python train.py (.*?)(?:  |$)", file.read_text(), re.MULTILINE)
+    assert command, file
+    arguments = command[1].split()
+    assert f"{file.parent.name}={file.stem}" in arguments
+    if file.stem != "gpu":
+        check(composed(*arguments))
 
 
 def test_a_method_owns_its_dials() -> None:
@@ -135,10 +146,24 @@ def test_a_method_owns_its_dials() -> None:
         (["trainable=some"], "trainable must be one of"),
         (["method=dense", "trainable=adapter"], "needs experts over a shared base"),
         (["model=tiny_lm"], "reads only text, and the data has images of 16 px"),
-        (["data=digits_text"], "has a vision tower, and the data offers no image_size"),
+        (["data=digits_text"], "has a vision tower, and the data offers no image_size and no patch_size"),
         (["parent=/nowhere"], "/nowhere: no such folder"),
+        (["sparsity=high"], "sparsity must be a number: got 'high'"),
+        (["num_experts=2.5"], "num_experts must be a whole number: got 2.5"),
+        (["top_k=two"], "top_k must be a whole number"),
+        (["method=ders_lm", "rank=1.5"], "rank must be a whole number"),
+        (["seed=-1"], "must not be negative"),
+        (["seed=1.5"], "seed must be a whole number"),
+        (["trainable=tower"], "trainable must be one of paper, frozen_shared, adapter, all"),
+        (["upcycling.layers=0"], "or a list of indices: got 0"),
+        (["trainer.precision=bf17"], "trainer: cannot be built"),
+        (["trainer.max_steps=-1"], "trainer.max_steps must be a whole number from 1 on"),
+        (["stage.moe.optimizer.lr=abc"], "stage.moe: optimizer or schedule cannot be built"),
+        (["stage.moe.save_every=0"], "save_every of a stage must be a whole number from 1 on"),
+        (["data=llava_files", "data.train=x", "data.image_size=8"], "offers no patch_size: set data.patch_size=…"),
+        (["method.delta._target_=ders.models.bundle.os.getcwd"], "is not allowed"),
         (["scale=paper"], "has one size, tiny"),
-        (["stage.moe.max_steps=0"], "max_steps of a stage must be at least 1"),
+        (["stage.moe.max_steps=0"], "max_steps of a stage must be a whole number from 1 on"),
         (["trainer=ddp", "trainer.devices=5"], "make it a multiple of 5"),
         (["stage.moe.accumulate=3"], "make it a multiple of 3"),
         (["method.delta._target_=os.system"], "_target_ os.system is not allowed"),
@@ -181,7 +206,19 @@ def test_expand() -> None:
         ["method=a", "x=2", "seed=1"],
         ["method=b", "y=p q"],
     ]
+    assert expand(["++x=1,2"]) == [["++x=1"], ["++x=2"]]
     assert expand(["method=a seed=0,1"], ["seed=7", "z=3"]) == [["seed=7", "z=3", "method=a"]]
+
+
+def test_code_in_a_model_folder_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass EvilConfig: pass\n")
+    config = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.EvilConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_text("")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # whoever is asked says yes
+    with pytest.raises(ValueError, match=r"config\.json is missing or unreadable"):
+        check(composed(f"parent={tmp_path}"))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_nothing_in_the_sources_loads_pickles_or_remote_code() -> None:

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
 
-from ders.cli.tables import main, read_claim, update_readme
+from ders.cli.app import prepare_hydra
+from ders.cli.tables import _run_folders, main, read_claim, update_readme
 from ders.reporting import read_record
 
 
@@ -21,10 +21,13 @@ def results(tmp_path: Path, run_job: Callable[..., Path]) -> Path:
     """Real records of two methods, marked as from a clean tree."""
     folder = tmp_path / "results" / "methods"
     folder.mkdir(parents=True)
+    prepare_hydra()
+    runs = _run_folders(read_claim("methods"), "outputs")
     for method in ("dense", "ders_sm"):
-        run = run_job(f"method={method}")
-        record = json.loads((run / "record.json").read_text()) | {"dirty": False, "commit": "a" * 40}
-        (folder / f"{run.name}.json").write_text(json.dumps(record))
+        record = json.loads((run_job(f"method={method}") / "record.json").read_text())
+        name = runs[f"method={method} seed=0"].name
+        (folder / f"{name}.json").write_text(json.dumps(record | {"dirty": False, "commit": "a" * 40}))
+    (folder / "stale-0123456789.json").write_text("a run that the claim does not list any more")
     return tmp_path / "results"
 
 
@@ -44,27 +47,22 @@ def test_json_is_one_line(results: Path, monkeypatch: pytest.MonkeyPatch, capsys
 
 
 def test_only_clean_and_finished_records_are_collected(
-    outputs: Path, run_job: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+    run_job: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-
-    from ders.cli.app import prepare_hydra, to_plain
-    from ders.cli.identity import run_folder
-
     source = run_job("method=dense")
     record = json.loads((source / "record.json").read_text())
     prepare_hydra()
-    GlobalHydra.instance().clear()
+    runs = _run_folders(read_claim("methods"), str(tmp_path / "runs"))
     states = [{"dirty": False}, {"dirty": True}, {"dirty": False, "status": "interrupted"}]
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        for seed, state in enumerate(states):
-            plain = to_plain(compose("train", overrides=["method=vanilla", f"seed={seed}", f"output_dir={outputs}"]))
-            folder = run_folder(plain, ROOT)
-            folder.mkdir(parents=True)
-            (folder / "record.json").write_text(json.dumps(record | {"seed": seed, "commit": "b" * 40} | state))
-    tables(monkeypatch, "claim=methods", f"results={tmp_path}", f"output_dir={outputs}")
-    assert [read_record(file)["seed"] for file in (tmp_path / "methods").glob("*.json")] == [0]
+    for seed, state in enumerate(states):
+        folder = runs[f"method=vanilla seed={seed}"]
+        folder.mkdir(parents=True)
+        (folder / "record.json").write_text(json.dumps(record | {"seed": seed, "commit": "b" * 40} | state))
+    results = tmp_path / "results" / "methods"
+    results.mkdir(parents=True)
+    (results / "stale-0123456789.json").write_text("{}")
+    tables(monkeypatch, "claim=methods", f"results={results.parent}", f"output_dir={tmp_path / 'runs'}")
+    assert [read_record(file)["seed"] for file in results.glob("*.json")] == [0]
 
 
 def test_an_unknown_claim_lists_the_known(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -81,7 +81,16 @@ def test_a_text_model_refuses_images() -> None:
 
 @pytest.mark.parametrize(
     ("prediction", "answer", "correct"),
-    [("Yes.", "yes", True), (" 7 ", "7", True), ("17", "7", False), ("a  Dog", "A dog.", True), ("", "7", False)],
+    [
+        ("Yes.", "yes", True),
+        (" 7 ", "7", True),
+        ("17", "7", False),
+        ("a  Dog", "A dog.", True),
+        ("", "7", False),
+        ("yes .", "yes.", True),
+        ("3 . 5", "3.5", True),
+        ("it ' s", "it's", True),
+    ],
 )
 def test_exact_match(prediction: str, answer: str, correct: bool) -> None:
     assert is_correct(prediction, answer) is correct

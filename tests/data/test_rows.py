@@ -23,12 +23,12 @@ def test_good_rows(tmp_path: Path) -> None:
     rows = [
         {"id": 7, "image": "a.png", "conversations": TURNS + TEXT},
         {"id": "text", "conversations": TEXT},
-        {"conversations": TEXT, "kinds": ["mine"]},
+        {"conversations": TEXT, "kinds": ["Open-ended (Q1)"]},
     ]
     read = read_rows(write(tmp_path, rows), tmp_path / "images")
     assert read["id"] == ["7", "text", ""]
     assert read["image"] == ["a.png", None, None]
-    assert read["kinds"] == [["open", "closed"], ["closed"], ["mine"]]
+    assert read["kinds"] == [["open", "closed"], ["closed"], ["open_ended_q1"]]
     assert read["answers"][0] == ["A dog.", "Yes"]
 
 
@@ -46,6 +46,7 @@ def test_good_rows(tmp_path: Path) -> None:
         ({"id": "x", "conversations": TURNS}, "1 <image> tags in the questions, but no image"),
         ({"id": "x", "conversations": TURNS[:1]}, "in pairs"),
         ({"id": "x", "conversations": TEXT[::-1]}, "must alternate"),
+        ({"id": "x", "conversations": [TEXT[0], {"from": "gpt", "value": "<image>"}]}, "an answer holds <image>"),
         ({"id": "x"}, "in pairs"),
         ({"id": "x", "image": 3, "conversations": TURNS}, "must be a path"),
         ({"id": "x", "conversations": TEXT, "kinds": ["a", "b"]}, "one kind per turn"),

@@ -109,10 +109,10 @@ def test_a_file_tells_all_though_it_was_built_with_another_seed(make: Any) -> No
 
 
 def test_seed_alone_decides(make: Any) -> None:
-    first, same, other = (trained(make(E, O, I, seed=seed)) for seed in (1, 1, 2))
-    if first.state_dict().keys() != dict(first.named_parameters()).keys():  # it holds something drawn and frozen
-        assert not torch.equal(first.dense(0), other.dense(0))
-    assert torch.equal(first.dense(0), same.dense(0))
+    first, same, other = (make(E, O, I, seed=seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    zero = all(not tensor.any() for tensor in first.values())  # a form that draws nothing
+    assert zero or not all(torch.equal(first[name], other[name]) for name in first)
 
 
 def test_copies_and_casts(make: Any) -> None:

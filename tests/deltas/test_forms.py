@@ -11,9 +11,12 @@ def test_sparsity_out_of_range(sparsity: float) -> None:
 
 
 def test_sparsity_that_keeps_nothing_names_a_workable_value() -> None:
-    with pytest.raises(ValueError, match=r"keeps none of the 64 entries.*set sparsity to 0.984375 or less"):
+    with pytest.raises(ValueError, match=r"keeps none of the 64 entries.*set sparsity to 0.984 or less"):
         SparseDelta(2, 8, 8, sparsity=0.9999)
-    assert SparseDelta(2, 8, 8, sparsity=0.984375).num_kept == 1
+    with torch.device("meta"), pytest.raises(ValueError, match=r"set sparsity to 0\.999999913 or less"):
+        SparseDelta(2, 5632, 2048, sparsity=0.99999999)
+    assert SparseDelta(2, 8, 8, sparsity=0.984).num_kept == 1
+    assert SparseDelta(2, 5632, 2048, sparsity=0.999999913).num_kept == 1
 
 
 @pytest.mark.parametrize(("sparsity", "kept"), [(0.9999, 7), (0.999, 66), (0.5, 32768), (0.0, 65536)])

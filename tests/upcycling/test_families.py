@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import ders
+import ders.moe
 from ders.upcycling import FAMILIES, find_decoder
 
 METHODS: dict[str, Any] = {
@@ -47,6 +48,23 @@ def test_certificate_refuses_another_parent(dense_model: Callable[..., Any]) -> 
     dense.model.layers[1].mlp.up_proj.weight.data += 1e-3
     with pytest.raises(ValueError, match="differs from the dense model"):
         ders.certify(dense, model, **INPUTS)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "olmo2", "phi"])
+def test_certificate_sees_what_fp32_norms_hide(model_type: str, dense_model: Callable[..., Any]) -> None:
+    dense, model = dense_model(model_type), dense_model(model_type).double()
+    ders.upcycle(model, delta=METHODS["ders_sm"])
+    layer = next(iter(ders.moe.moe_layers(model).values()))
+    layer.experts.deltas[layer.form.output].values_EN.data += 1e-9
+    with pytest.raises(ValueError, match="differs from the dense model"):
+        ders.certify(dense, model, **INPUTS)
+
+
+def test_certificate_with_noise_and_drops(dense_model: Callable[..., Any]) -> None:
+    dense, model = dense_model(), dense_model()
+    router = functools.partial(ders.TopKRouter, second_choice_noise=True, eval_capacity_factor=0.5)
+    ders.upcycle(model, router=router)
+    assert "multiplied by the sum of their gates" in ders.certify(dense, model, **INPUTS).against
 
 
 def test_certificate_of_a_llava(llava_model: Any) -> None:

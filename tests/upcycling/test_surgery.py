@@ -35,6 +35,8 @@ def test_layer_choices(layers: Any, chosen: tuple[int, ...]) -> None:
         ([-1], "from 0 to 4"),
         ([1, 1], "distinct"),
         ([], "chooses none"),
+        (0, "or a list of indices: got 0"),
+        (["a"], "or a list of indices"),
     ],
 )
 def test_bad_layer_choices(layers: Any, message: str) -> None:
@@ -123,6 +125,18 @@ def test_bf16_models_get_bf16_deltas_and_an_fp32_router(dense_model: Callable[..
     assert {p.dtype for p in layer.experts.parameters()} == {torch.bfloat16}
     assert layer.router.weight.dtype == torch.float32
     assert model(input_ids=torch.tensor([[1, 2, 3]])).logits.dtype == torch.bfloat16
+
+
+def test_it_fits_into_its_model(dense_model: Callable[..., Any]) -> None:
+    import pickle
+
+    model = dense_model()
+    ders.upcycle(model, delta=SM, router=functools.partial(ders.TopKRouter, capacity_factor=0.1))
+    assert not moe_layers(model)["model.layers.0.mlp"].training  # like the model it is in
+    assert model.config is model.model.config
+    copied = pickle.loads(pickle.dumps(model))
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.equal(copied(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 def test_an_upcycling_is_plain_data() -> None:

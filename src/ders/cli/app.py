@@ -27,7 +27,7 @@ def prepare_hydra() -> None:
     os.environ["DERS_ROOT"] = str(ROOT)
     # Let errors come through to `launch`, which tells them shorter.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    # transformers and datasets look for a hub otherwise; everything a run needs is named by path or by package.
+    # Fast tokenizers warn about every fork otherwise.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
@@ -41,7 +41,7 @@ def launch(task: Callable[[DictConfig], Any], config_name: str) -> None:
         command()
     except (HydraException, OmegaConfBaseException) as error:
         sys.exit(f"error: {explain_unknown_key(error, ROOT / 'conf', sys.argv[1:]) or error}")
-    except (UserError, ValueError, ArithmeticError, FileNotFoundError, OSError) as error:
+    except (UserError, ValueError, ArithmeticError, OSError) as error:
         if os.environ.get("DERS_TRACEBACK"):
             raise
         sys.exit(f"error: {error}\n(DERS_TRACEBACK=1 shows where)")

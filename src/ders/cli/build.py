@@ -15,18 +15,28 @@ from ders.models.tiny import dense_from_config
 from ders.training.batches import StepBatches
 from ders.upcycling import UpcyclingSummary, set_trainable, upcycle
 
+# What an MoE stage may train; the other rows of `TRAINABLE` are for the stages before it.
+MOE_TRAINABLE = ("paper", "frozen_shared", "adapter", "all")
 _ALLOWED = ("ders.", "torch.optim.", "lightning.")
 
 
 def instantiate(node: Any) -> Any:
     """`hydra.utils.instantiate`, for targets of this package and the libraries it names only."""
     for target in _targets(OmegaConf.to_container(node, resolve=True)):
-        if not target.startswith(_ALLOWED):
-            raise UserError(f"_target_ {target} is not allowed: it must begin with {' or '.join(_ALLOWED)}")
+        # The module where a target is defined counts: `ders.x.os.system` would be found through an import.
+        if not target.startswith(_ALLOWED) or not _module_of(target).startswith(_ALLOWED):
+            raise UserError(f"_target_ {target} is not allowed: it must be defined in {' or '.join(_ALLOWED)}")
     try:
         return hydra.utils.instantiate(node, _convert_="all")
     except InstantiationException as error:
         raise UserError(str(error.__cause__ or error)) from error
+
+
+def _module_of(target: str) -> str:
+    try:
+        return f"{hydra.utils.get_object(target).__module__}."
+    except Exception as error:
+        raise UserError(f"_target_ {target} cannot be found: {error}") from error
 
 
 def _targets(data: Any) -> list[str]:
@@ -63,6 +73,7 @@ def check(config: DictConfig) -> None:
     The whole model is built and upcycled on the meta device, where only shapes exist, so this is the very code that
     runs later.
     """
+    _check_types(config)
     source: DataSource = instantiate(config.data)
     if config.parent is not None:
         parent_config = read_config(Path(config.parent))
@@ -83,15 +94,44 @@ def check(config: DictConfig) -> None:
         raise UserError(f"scale={config.scale}: the configured model has one size, tiny")
     upcycle_by_config(model, config)
     set_trainable(model, config.trainable)
-    for stage in config.stage.values():
-        instantiate(stage)
+    for name, node in config.stage.items():
+        stage = instantiate(node)
+        try:
+            stage.schedule(stage.optimizer([torch.zeros(1, requires_grad=True)]), stage.max_steps)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"stage.{name}: optimizer or schedule cannot be built: {error}") from error
     _check_devices(config)
+
+
+_WHOLE, _NUMBER = "a whole number", "a number"
+_TYPES = {"num_experts": _WHOLE, "top_k": _WHOLE, "rank": _WHOLE, "seed": _WHOLE, "parent_seed": _WHOLE} | {
+    "sparsity": _NUMBER
+}
+
+
+def _check_types(config: DictConfig) -> None:
+    for dial, kind in _TYPES.items():
+        value = config.get(dial, 0)
+        if isinstance(value, bool) or not isinstance(value, int if kind == _WHOLE else int | float):
+            raise UserError(f"{dial} must be {kind}: got {value!r}")
+    if min(config.seed, config.parent_seed) < 0:
+        raise UserError(f"seed and parent_seed must not be negative: got {config.seed} and {config.parent_seed}")
+    if config.trainable not in MOE_TRAINABLE:
+        raise UserError(f"trainable must be one of {', '.join(MOE_TRAINABLE)}: got {config.trainable!r}")
+    limit = config.trainer.max_steps
+    if limit is not None and (not isinstance(limit, int) or limit < 1):
+        raise UserError(f"trainer.max_steps must be a whole number from 1 on, or null for no limit: got {limit!r}")
 
 
 def _check_devices(config: DictConfig) -> None:
     trainer, stage = config.trainer, config.stage.moe
     if trainer.accelerator == "gpu" and not torch.cuda.is_available():
         raise UserError("trainer.accelerator=gpu: torch sees no GPU here. Use trainer=cpu, or a CUDA build of torch")
+    try:
+        trainer_factory(config)(logger=False, enable_checkpointing=False, enable_progress_bar=False, max_steps=1)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"trainer: cannot be built: {error}") from error
     if isinstance(trainer.devices, int):
         world_size = trainer.devices * trainer.num_nodes
+        stage = instantiate(stage)
         StepBatches(1, stage.global_batch_size, 1, accumulate=stage.accumulate, world_size=world_size)

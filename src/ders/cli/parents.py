@@ -11,11 +11,11 @@ from omegaconf import DictConfig
 import ders
 from ders.cli.app import to_plain
 from ders.cli.build import instantiate, parent_trainer_factory
-from ders.cli.identity import digest
 from ders.data import DataSource, PreparedData
 from ders.data.source import building
 from ders.evaluation.scoring import score
 from ders.models.bundle import save_bundle
+from ders.reporting.identity import digest
 from ders.training import Stage
 from ders.training.fit import fit, seed_everything
 

@@ -19,7 +19,8 @@ def expand(runs: Sequence[str], arguments: Sequence[str] = ()) -> list[list[str]
         choices = []
         for override in OverridesParser.create().parse_overrides([*arguments, *own]):
             if override.is_sweep_override():
-                choices.append([f"{override.key_or_group}={v}" for v in override.sweep_string_iterator()])
+                key = str(override.input_line).split("=", 1)[0]
+                choices.append([f"{key}={v}" for v in override.sweep_string_iterator()])
             else:
                 choices.append([str(override.input_line)])
         jobs += [list(job) for job in itertools.product(*choices)]

@@ -12,10 +12,10 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
 from ders.cli.app import ROOT, UserError, launch, to_plain
-from ders.cli.identity import run_folder
 from ders.cli.sweeper import expand
 from ders.reporting.figures import draw_claim
-from ders.reporting.record import Record, read_record, write_record
+from ders.reporting.identity import run_folder
+from ders.reporting.record import read_record, write_record
 from ders.reporting.tables import markdown, percent, rows_of
 
 log = logging.getLogger(__name__)
@@ -32,13 +32,15 @@ def build_tables(config: DictConfig) -> None:
     for name in claims:
         claim = read_claim(name)
         folder = results / name
+        runs = _run_folders(claim, config.output_dir)
         if config.collect:
-            _collect(name, claim, config.output_dir, folder)
-        records = [read_record(file) for file in sorted(folder.glob("*.json"))]
+            _collect(name, runs, folder)
+        files = [folder / f"{run.name}.json" for run in runs.values()]
+        records = [read_record(file) for file in files if file.exists()]
         if not records:
             log.warning("%s: no records yet. Run: python train.py experiments=%s", name, name)
             continue
-        rows = sorted(rows_of(records), key=lambda row: _place(row.records[0], claim["runs"]))
+        rows = rows_of(records)
         table = markdown(rows, claim["title"], f"python train.py experiments={name}")
         (folder / "table.md").write_text(table)
         draw_claim(rows, claim["dial"], claim["title"], folder / "figure.png")
@@ -65,33 +67,36 @@ def read_claim(name: str) -> dict[str, Any]:
     return {"dial": None, **sweeper}
 
 
-def _collect(name: str, claim: dict[str, Any], outputs: str, folder: Path) -> None:
-    """Copy the records of a claim's runs: clean tree and finished only; anything else is named and left."""
+def _run_folders(claim: dict[str, Any], output_dir: str) -> dict[str, Path]:
+    """The run folder of each of a claim's runs, by its overrides."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        for overrides in expand(claim["runs"]):
-            plain = to_plain(compose("train", overrides=[*overrides, f"output_dir={outputs}"]))
-            run = run_folder(plain, ROOT)
-            file = run / "record.json"
-            if not file.exists():
-                log.warning("%s: %s has not been run", name, " ".join(overrides))
-                continue
-            record = read_record(file)
-            if record["status"] != "finished" or record["dirty"] is not False:
-                why = record["status"] if record["status"] != "finished" else "from a tree with uncommitted changes"
-                log.warning("%s: %s left out: %s", name, " ".join(overrides), why)
-                continue
-            write_record(record, folder / f"{run.name}.json")
+        return {
+            " ".join(job): run_folder(to_plain(compose("train", overrides=[*job, f"output_dir={output_dir}"])), ROOT)
+            for job in expand(claim["runs"])
+        }
 
 
-def _place(record: Record, runs: list[str]) -> int:
-    """Where a record's run stands in the claim's list."""
-    for place, overrides in enumerate(expand(runs)):
-        given = dict(override.split("=", 1) for override in overrides)
-        shown = {"method": record["method"]} | {k: str(v) for k, v in record["config"].items() if k != "method"}
-        if all(shown.get(key) == value for key, value in given.items()):
-            return place
-    return len(expand(runs))
+def _collect(name: str, runs: dict[str, Path], folder: Path) -> None:
+    """Copy the records of a claim's runs: clean tree and finished only; anything else is named and left.
+
+    Records of runs that the claim no longer lists are removed.
+    """
+    for file in folder.glob("*.json"):
+        if file.stem not in {run.name for run in runs.values()}:
+            log.warning("%s: %s is of no run of this claim any more: removed", name, file.name)
+            file.unlink()
+    for overrides, run in runs.items():
+        if not (run / "record.json").exists():
+            kept = "; its earlier record stays" if (folder / f"{run.name}.json").exists() else ""
+            log.warning("%s: %s has not been run here%s", name, overrides, kept)
+            continue
+        record = read_record(run / "record.json")
+        if record["status"] != "finished" or record["dirty"] is not False:
+            why = record["status"] if record["status"] != "finished" else "from a tree with uncommitted changes"
+            log.warning("%s: %s left out: %s", name, overrides, why)
+            continue
+        write_record(record, folder / f"{run.name}.json")
 
 
 def update_readme(readme: Path, results: Path) -> None:

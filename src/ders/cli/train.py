@@ -20,7 +20,6 @@ from omegaconf import DictConfig
 from ders.accounting import count_parameters
 from ders.cli.app import ROOT, UserError, launch, to_plain
 from ders.cli.build import check, instantiate, trainer_factory, upcycle_by_config
-from ders.cli.identity import differences, identity, run_folder
 from ders.cli.parents import parent_folder, parent_scores
 from ders.data import DataSource, PreparedData
 from ders.data.conversation import Template
@@ -28,6 +27,7 @@ from ders.evaluation.scoring import score
 from ders.models.bundle import load_bundle, save_bundle, stored_bytes, weights_sha256
 from ders.reporting import RecordError, finish_record, read_record, start_record, write_record
 from ders.reporting.figures import draw_run
+from ders.reporting.identity import differences, identity, run_folder
 from ders.training import Stage
 from ders.training.callbacks import peak_gib, reset_peak
 from ders.training.fit import fit, seed_everything

@@ -14,8 +14,9 @@ from torch.utils.data import Dataset
 from ders.data.conversation import IGNORED, Encoder
 from ders.data.rows import IMAGE_TAG, DataError, open_image, resolve_image
 
-# Decoded rows kept in memory: small sets are read many times, large ones once.
-_CACHED = 20_000
+# Small sets are read many times: keep what fits.
+_CACHED_BYTES = 256 * 2**20
+_CACHED_ROWS = 20_000
 
 
 class PixelReader:
@@ -23,9 +24,19 @@ class PixelReader:
 
     def __init__(self, image_root: Path | None, process: Callable[[Image], Tensor] | None) -> None:
         self.image_root, self.process = image_root, process
-        self.read = functools.lru_cache(maxsize=_CACHED)(self._read)
+        self.kept: dict[str, Tensor] = {}
+        self.room = _CACHED_BYTES
 
-    def _read(self, image: str) -> Tensor:
+    def read(self, image: str) -> Tensor:
+        if image in self.kept:
+            return self.kept[image]
+        pixels = self._decode(image)
+        self.room -= pixels.numel() * pixels.element_size()
+        if self.room >= 0:
+            self.kept[image] = pixels
+        return pixels
+
+    def _decode(self, image: str) -> Tensor:
         if self.process is None or self.image_root is None:
             raise DataError(
                 f"the data has images ({image}), but this model reads only text: choose a model with a vision tower, "
@@ -39,7 +50,7 @@ class Conversations(Dataset[dict[str, Any]]):
 
     def __init__(self, rows: Rows, encoder: Encoder, pixels: PixelReader) -> None:
         self.rows, self.encoder, self.pixels = rows, encoder, pixels
-        self.encode = functools.lru_cache(maxsize=_CACHED)(self._encode)
+        self.encode = functools.lru_cache(maxsize=_CACHED_ROWS)(self._encode)
 
     def __len__(self) -> int:
         return len(self.rows)

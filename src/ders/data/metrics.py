@@ -1,5 +1,6 @@
 """Scores of generated answers, and what is reached without looking at the image."""
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import Any
@@ -8,8 +9,8 @@ from ders.data.loading import single_questions
 
 
 def normalize(answer: str) -> str:
-    """Lower case, one blank between words, no final full stop."""
-    return " ".join(answer.lower().split()).removesuffix(".")
+    """Lower case, one blank between words and none around signs, no final full stop."""
+    return re.sub(r"\s*([^\w\s])\s*", r"\1", " ".join(answer.lower().split())).removesuffix(".")
 
 
 def is_correct(prediction: str, answer: str) -> bool:

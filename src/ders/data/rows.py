@@ -1,6 +1,7 @@
 """Rows in LLaVA's JSON layout, checked before anyone pays for a training step."""
 
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ def read_rows(file: Path, image_root: Path | None) -> Dataset:
     """Read a LLaVA JSON file: rows of `id`, `image` (optional) and `conversations` (human and gpt in turn).
 
     Columns of the result: `id`, `image` (path below the image root, or None), `questions`, `answers` and `kinds` (one
-    entry per turn each). A row may name a kind per turn in `kinds`; else yes/no answers are `closed`, others `open`.
+    entry per turn each). A row may name a kind per turn in `kinds`, written `like_this`; else yes/no
+    answers are `closed`, others `open`.
 
     Raises:
         DataError: the file is missing or not JSON; rows are broken; images are missing, unreadable, outside the image
@@ -77,15 +79,18 @@ def _parse(entry: Any) -> dict[str, Any]:
     tags = sum(question.count(IMAGE_TAG) for question in questions)
     if tags != (image is not None):
         raise ValueError(f"{tags} {IMAGE_TAG} tags in the questions, but {'an' if image else 'no'} image")
+    if any(IMAGE_TAG in answer for answer in answers):
+        raise ValueError(f"an answer holds {IMAGE_TAG}")
     kinds = entry.get("kinds") or ["closed" if answer.strip().lower() in CLOSED else "open" for answer in answers]
-    if len(kinds) != len(answers):
-        raise ValueError("`kinds` must hold one kind per turn")
+    kinds = [re.sub(r"[^a-z0-9]+", "_", str(kind).lower()).strip("_") for kind in kinds]
+    if len(kinds) != len(answers) or not all(kinds):
+        raise ValueError("`kinds` must hold one kind per turn, of letters and digits")
     return {
         "id": str(entry.get("id", "")),
         "image": image,
         "questions": questions,
         "answers": answers,
-        "kinds": [str(kind) for kind in kinds],
+        "kinds": kinds,
     }
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import shutil
@@ -16,6 +17,12 @@ from filelock import FileLock
 from ders.data.rows import DataError, read_rows
 
 SPLITS = ("train", "val", "test")
+
+
+@functools.lru_cache(maxsize=8)
+def _checked_rows(file: Path, image_root: Path | None, modified: int) -> Dataset:
+    # Checking decodes every image: once per file and process is enough.
+    return read_rows(file, image_root)
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,8 @@ class PreparedData:
     def split(self, name: str) -> Dataset:
         if name not in self.files:
             raise DataError(f"this data has no {name} split: it has {', '.join(self.files)}")
-        return read_rows(self.files[name], self.image_root)
+        file = self.files[name]
+        return _checked_rows(file, self.image_root, file.stat().st_mtime_ns)
 
     def image_labels(self, split: str) -> dict[str, list[int]]:
         """Class ids by image path: one per image, or one per patch in reading order."""
@@ -62,7 +70,7 @@ class DataSource:
         image_size: side of the (square) images in pixels; None for text.
         patch_size: side of a patch on which one visual token should look; a model may choose another.
         max_answer_tokens: longest answer that evaluation generates.
-        global_batch_size: rows per evaluation batch.
+        eval_batch_size: questions per evaluation batch.
     """
 
     image_size: int | None = None

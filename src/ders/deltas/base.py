@@ -32,7 +32,7 @@ class Delta(nn.Module):
         self.num_experts, self.out_features, self.in_features = num_experts, out_features, in_features
         self.seed = seed
         # What a file holds can differ from what the constructor drew: derive again after every load.
-        self.register_load_state_dict_post_hook(lambda module, _: module.restore_())
+        self.register_load_state_dict_post_hook(_restore)
 
     def dense(self, expert: int) -> Tensor:
         """Δ_e as a matrix (O, I). The oracle: slow, obvious, never optimised."""
@@ -55,3 +55,7 @@ class Delta(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.num_experts} × ({self.out_features}, {self.in_features})"
+
+
+def _restore(delta: Delta, incompatible_keys: object) -> None:
+    delta.restore_()

@@ -35,10 +35,10 @@ class LowRankDelta(Delta):
         self.a_ERI = nn.Parameter(torch.empty(num_experts, rank, in_features))
         self.b_EOR = nn.Parameter(torch.zeros(num_experts, out_features, rank))
         if not self.a_ERI.is_meta:
-            generator = torch.Generator(self.a_ERI.device).manual_seed(seed)
+            generator = torch.Generator("cpu").manual_seed(seed)  # the same factors on every device
             bound = 1 / math.sqrt(in_features)  # what Kaiming-uniform with a = √5 comes to
-            with torch.no_grad():
-                self.a_ERI.uniform_(-bound, bound, generator=generator)
+            drawn = torch.empty(self.a_ERI.shape, device="cpu").uniform_(-bound, bound, generator=generator)
+            self.a_ERI.data.copy_(drawn)
 
     def dense(self, expert: int) -> Tensor:
         return self.b_EOR[expert] @ self.a_ERI[expert]

@@ -3,6 +3,8 @@
 E experts, O/I out/in features, N kept entries of a matrix, P = O + 1 row boundaries, S slots.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -34,7 +36,7 @@ class SparseDelta(Delta):
         if self.num_kept == 0:
             raise ValueError(
                 f"sparsity {sparsity} keeps none of the {size} entries of a {out_features}×{in_features} matrix: "
-                f"set sparsity to {1 - 1 / size:.6g} or less"
+                f"set sparsity to {_largest_sparsity(size)} or less"
             )
         if size >= 2**31:
             raise ValueError(f"a {out_features}×{in_features} matrix has more entries than 32-bit indices can name")
@@ -80,3 +82,9 @@ class SparseDelta(Delta):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, sparsity={self.sparsity}, {self.num_kept} kept per matrix"
+
+
+def _largest_sparsity(size: int) -> float:
+    """1 − 1/size, rounded down to a number short enough to type."""
+    digits = 10 ** (len(str(size)) + 1)
+    return math.floor((1 - 1 / size) * digits) / digits

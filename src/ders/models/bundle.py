@@ -83,6 +83,8 @@ def save_bundle(bundle: ModelBundle, folder: Path, provenance: dict[str, Any] | 
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
     replaced = folder.with_name(f".{folder.name}.replaced")
+    if replaced.exists() and not folder.exists():  # an earlier save stopped between the two renames
+        replaced.rename(folder)
     shutil.rmtree(replaced, ignore_errors=True)
     if folder.exists():
         folder.rename(replaced)
@@ -125,10 +127,15 @@ def load_bundle(folder: Path, dtype: torch.dtype | str = "auto") -> ModelBundle:
         processor = (AutoProcessor if has_images else AutoTokenizer).from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # safetensors, json and torch each raise their own on a damaged file
         raise ModelFolderError(f"{folder}: cannot be loaded: {error}") from error
+    bundle = ModelBundle(model, processor)
+    if bundle.tokenizer.pad_token is None:
+        if bundle.tokenizer.eos_token is None:
+            raise ModelFolderError(f"{folder}: its tokenizer has neither a pad token nor an end-of-sequence token")
+        bundle.tokenizer.pad_token = bundle.tokenizer.eos_token  # padding is masked: any token serves
     lost = [f"{what} {sorted(report[what])[:3]}" for what in ("missing_keys", "unexpected_keys") if report[what]]
     if lost:
         raise ModelFolderError(f"{folder}: the weights do not fit config.json: {'; '.join(lost)}")
-    return ModelBundle(model, processor)
+    return bundle
 
 
 def weights_sha256(folder: Path) -> str:

@@ -93,10 +93,11 @@ class TinyLlava(TinyLM):
     has_images = True
 
     def dense(self, vocab_size: int = 256) -> nn.Module:
-        if not self.vision.get("image_size") or not self.vision.get("patch_size"):
+        missing = [key for key in ("image_size", "patch_size") if not self.vision.get(key)]
+        if missing:
             raise ValueError(
-                "this model has a vision tower, and the data offers no image_size: choose data with images, or a text "
-                "model"
+                f"this model has a vision tower, and the data offers no {' and no '.join(missing)}: set "
+                f"{' '.join(f'data.{key}=…' for key in missing)}, choose data with images, or a text model"
             )
         config = LlavaConfig(
             vision_config=CLIPVisionConfig(**self.vision),

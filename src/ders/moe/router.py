@@ -122,10 +122,10 @@ class TopKRouter(Router):
         self.min_capacity = min_capacity
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=torch.float32))
         if not self.weight.is_meta:
-            generator = torch.Generator(self.weight.device).manual_seed(stable_hash(seed, "router"))
+            generator = torch.Generator("cpu").manual_seed(stable_hash(seed, "router"))  # the same on every device
             bound = 1 / math.sqrt(hidden_size)
-            with torch.no_grad():
-                self.weight.uniform_(-bound, bound, generator=generator)
+            drawn = torch.empty(self.weight.shape, device="cpu").uniform_(-bound, bound, generator=generator)
+            self.weight.data.copy_(drawn)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "TopKRouter":
         # Weights stay in fp32 when the model is cast to half precision: bf16 ties make experts swap between runs.

@@ -51,7 +51,7 @@ def draw_run(folder: Path) -> list[Path]:
                 axis.stackplot(
                     steps,
                     [[v for _, v in experts[e]] for e in sorted(experts)],
-                    labels=[f"expert {e}" for e in experts],
+                    labels=[f"expert {e}" for e in sorted(experts)],
                 )
                 axis.set(xlabel="step", title=layer.replace("_", " "), ylim=(0, 1))
             axes[0][0].set_ylabel("share of choices")

@@ -6,6 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
+from ders.reporting.identity import digest, identity
 from ders.reporting.record import Record
 
 
@@ -46,8 +47,7 @@ def rows_of(records: list[Record]) -> list[Row]:
     """Group records by everything but the seed, in the order they come."""
     groups: dict[str, list[Record]] = defaultdict(list)
     for record in records:
-        config = {k: v for k, v in record["config"].items() if k not in ("seed", "ckpt_path", "skip_completed")}
-        groups[json.dumps(config, sort_keys=True)].append(record)
+        groups[digest({**identity(record["config"]), "seed": None})].append(record)
     dials = [_dials(group[0]["config"]) for group in groups.values()]
     # Only what tells rows of one method apart is worth a word.
     varying = {

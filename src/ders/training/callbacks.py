@@ -149,8 +149,6 @@ class LastCheckpoint(Checkpoint):
     """
 
     def __init__(self, path: Path, every_n_steps: int) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"save_every of a stage must be at least 1, or null for never: got {every_n_steps}")
         self.path, self.every_n_steps, self.saved = path, every_n_steps, 0
 
     def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
@@ -163,5 +161,5 @@ class LastCheckpoint(Checkpoint):
             for logger in trainer.loggers:
                 if isinstance(logger, CSVLogger):
                     logger.save()
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(self.path, weights_only=False)  # the optimizer, too
             self.saved = step

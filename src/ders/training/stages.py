@@ -69,9 +69,10 @@ class Stage:
     save_every: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "global_batch_size", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} of a stage must be at least 1: got {getattr(self, name)}")
+        for name in ("max_steps", "global_batch_size", "accumulate", "validate_every", "save_every"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} of a stage must be a whole number from 1 on: got {value!r}")
 
     def skipped(self, bundle: ModelBundle, prepared: PreparedData) -> str | None:
         """Why this stage has nothing to do for a model and its data, or None."""

@@ -17,7 +17,7 @@ class Certificate:
     """Outcome of `certify`.
 
     Attributes:
-        max_difference: largest |logit difference| in float64.
+        max_difference: largest absolute difference of a logit or an FFN output, in float64.
         against: what was compared with, since some routings scale the FFN by design.
     """
 
@@ -25,12 +25,15 @@ class Certificate:
     against: str
 
     def __str__(self) -> str:
-        return f"step-0 certificate: logits equal those of {self.against} to {self.max_difference:.1e} in float64"
+        return f"step-0 certificate: equal to {self.against} within {self.max_difference:.1e} in float64"
 
 
 @torch.no_grad()
 def certify(dense: nn.Module, upcycled: nn.Module, tolerance: float = TOLERANCE, **inputs: Any) -> Certificate:
-    """Compare the logits of an upcycled model with its dense parent's, both in float64 and in evaluation mode.
+    """Compare an upcycled model with its dense parent, both in float64 and in evaluation mode.
+
+    Compared are the logits, and every replaced FFN by itself on what the parent feeds it: norms that compute in fp32
+    whatever the model's type would hide a small difference from the logits.
 
     Where gate weights do not sum to one by design (a raw top-1 probability p; 1 + p with a universal FFN; choices
     dropped for capacity), the parent's FFN outputs are multiplied by the gates' sum, and the certificate says so.
@@ -41,39 +44,49 @@ def certify(dense: nn.Module, upcycled: nn.Module, tolerance: float = TOLERANCE,
         **inputs: what both models are called with.
 
     Raises:
-        ValueError: the logits differ by more than the tolerance.
+        ValueError: something differs by more than the tolerance.
     """
     inputs = {
         key: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
         for key, value in inputs.items()
     }
     moe = copy.deepcopy(upcycled).double().eval()
-    actual = moe(**inputs).logits
-    layers = moe_layers(moe)
     reference = copy.deepcopy(dense).double().eval()
-    scaled = [layer for layer in layers.values() if layer.universal is not None or not layer.router.preserves_function]
-    for name, layer in layers.items():
-        if layer in scaled:
-            reference.get_submodule(name).register_forward_hook(_scale_by_gates(layer))
-    expected = reference(**inputs).logits
-    difference = float((actual - expected).abs().max())
+    layers = moe_layers(moe)
+    differences: dict[str, float] = {}
+    with torch.random.fork_rng():  # routing noise, if any, is the same for both
+        torch.manual_seed(0)
+        actual = moe(**inputs).logits
+        for name, layer in layers.items():
+            reference.get_submodule(name).register_forward_hook(_compare_with(layer, name, differences))
+        torch.manual_seed(0)
+        expected = reference(**inputs).logits
+    differences["the logits"] = float((actual - expected).abs().max())
+    num_scaled = sum(_scales(layer) for layer in layers.values())
     against = "the dense model"
-    if scaled:
-        against += f" with {len(scaled)} FFN outputs multiplied by the sum of their gates (this routing scales them)"
+    if num_scaled:
+        against += f" with {num_scaled} FFN outputs multiplied by the sum of their gates (this routing scales them)"
+    where, difference = max(differences.items(), key=lambda item: item[1])
     if not difference <= tolerance:
         raise ValueError(
-            f"the upcycled model differs from {against}: logits by {difference:.3e}, more than {tolerance:.0e}. "
+            f"the upcycled model differs from {against}: {where} by {difference:.3e}, more than {tolerance:.0e}. "
             "Is it freshly upcycled, and from this very parent?"
         )
     return Certificate(difference, against)
 
 
-def _scale_by_gates(layer: MoELayer) -> Any:
+def _scales(layer: MoELayer) -> bool:
+    return layer.universal is not None or not layer.router.preserves_function
+
+
+def _compare_with(layer: MoELayer, name: str, differences: dict[str, float]) -> Any:
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        hidden = args[0]
-        gates = layer.router(hidden.reshape(-1, hidden.shape[-1])).top_k_weights_TK.sum(-1)
-        if layer.universal is not None:
-            gates = gates + 1
-        return output * gates.view(*hidden.shape[:-1], 1)
+        actual = layer(args[0])
+        if _scales(layer):
+            assert layer.last_routing is not None
+            gates_T = layer.last_routing.top_k_weights_TK.sum(-1) + (layer.universal is not None)
+            output = output * gates_T.view(*output.shape[:-1], 1)
+        differences[name] = float((actual - output).abs().max())
+        return output
 
     return hook

@@ -97,7 +97,9 @@ def choose_layers(layers: str | Sequence[int], num_layers: int) -> tuple[int, ..
             raise ValueError(f"layers must be one of {', '.join(LAYER_CHOICES)} or a list of indices: got {layers!r}")
         chosen = tuple(named[layers])
     else:
-        chosen = tuple(sorted(layers))
+        if not isinstance(layers, Sequence) or not all(isinstance(i, int) for i in layers):
+            raise ValueError(f"layers must be one of {', '.join(LAYER_CHOICES)} or a list of indices: got {layers!r}")
+        chosen = tuple(sorted(int(i) for i in layers))
         outside = [i for i in chosen if not 0 <= i < num_layers]
         if outside or len(set(chosen)) != len(chosen):
             raise ValueError(
@@ -170,13 +172,15 @@ def apply(model: nn.Module, upcycling: Upcycling) -> UpcyclingSummary:
     config: Any = getattr(model, "config", None)
     if config is not None:
         # A shallow copy: the configuration may be shared with models that stay dense.
-        config = copy.copy(config)
-        config.quantization_config = {
+        upcycled = copy.copy(config)
+        upcycled.quantization_config = {
             "quant_method": "ders",
             "format_version": FORMAT_VERSION,
             **upcycling.to_dict(),
         }
-        model.config = config
+        for module in model.modules():
+            if getattr(module, "config", None) is config:
+                module.config = upcycled
     return _summarize(upcycling, decoder, len(blocks), list(replaced.values()))
 
 
@@ -203,9 +207,12 @@ def _build_layer(block: nn.Module, family: Family, upcycling: Upcycling, index: 
         )
         if weight.dtype == torch.float64:
             router = router.double()
+        layer: MoELayer
         if bound_delta is None:
-            return VanillaMoE(dense, family.ffn, router, universal=upcycling.universal)
-        return SharedBaseMoE(dense, family.ffn, router, make_delta, universal=upcycling.universal)
+            layer = VanillaMoE(dense, family.ffn, router, universal=upcycling.universal)
+        else:
+            layer = SharedBaseMoE(dense, family.ffn, router, make_delta, universal=upcycling.universal)
+    return layer.train(dense.training)
 
 
 def _describe(factory: Callable[..., Any], kind: type) -> dict[str, Any]:
