@@ -206,6 +206,7 @@ def test_expand() -> None:
         ["method=a", "x=2", "seed=1"],
         ["method=b", "y=p q"],
     ]
+    assert expand(["method=a seed=0,1", "method=b"], ["method=c", "seed=7"]) == [["method=c", "seed=7"]]
     assert expand(["++x=1,2"]) == [["++x=1"], ["++x=2"]]
     assert expand(["method=a seed=0,1"], ["seed=7", "z=3"]) == [["seed=7", "z=3", "method=a"]]
 

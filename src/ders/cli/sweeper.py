@@ -10,9 +10,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 def expand(runs: Sequence[str], arguments: Sequence[str] = ()) -> list[list[str]]:
     """Override lists, one per job: each run's line, its `a=1,2` as a product.
 
-    Arguments from the command line go to every job and win over a run's own.
+    Arguments from the command line go to every job and win over a run's own; runs that become alike run once.
     """
-    jobs: list[list[str]] = []
+    jobs: list[tuple[str, ...]] = []
     for run in runs:
         given = {argument.split("=", 1)[0].lstrip("+~") for argument in arguments}
         own = [o for o in shlex.split(run) if o.split("=", 1)[0].lstrip("+~") not in given]
@@ -23,5 +23,5 @@ def expand(runs: Sequence[str], arguments: Sequence[str] = ()) -> list[list[str]
                 choices.append([f"{key}={v}" for v in override.sweep_string_iterator()])
             else:
                 choices.append([str(override.input_line)])
-        jobs += [list(job) for job in itertools.product(*choices)]
-    return jobs
+        jobs += itertools.product(*choices)
+    return [list(job) for job in dict.fromkeys(jobs)]
