@@ -24,6 +24,8 @@ class UserError(Exception):
 
 def prepare_hydra() -> None:
     """Make the repository known from any working folder, and errors readable."""
+    if not (ROOT / "conf").is_dir():
+        sys.exit(f"error: no configurations in {ROOT}. The commands need a clone, installed by `pip install -e .`")
     os.environ["DERS_ROOT"] = str(ROOT)
     # Let errors come through to `launch`, which tells them shorter.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
@@ -44,7 +46,7 @@ def launch(task: Callable[[DictConfig], Any], config_name: str) -> None:
     except (UserError, ValueError, ArithmeticError, OSError) as error:
         if os.environ.get("DERS_TRACEBACK"):
             raise
-        sys.exit(f"error: {error}\n(DERS_TRACEBACK=1 shows where)")
+        sys.exit(f"error: {error}\n(DERS_TRACEBACK=1 shows where; a run also keeps it in error.txt)")
 
 
 def to_plain(config: Any) -> Any:
