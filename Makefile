@@ -11,7 +11,8 @@ train: .venv/.installed
 	$(BIN)/python train.py
 
 test: .venv/.installed
-	$(BIN)/python -m pytest
+	# One thread a worker: two cores are all a test may count on.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: .venv/.installed
 	$(BIN)/python -m pytest -m slow

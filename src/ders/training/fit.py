@@ -25,6 +25,8 @@ logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARN
 warnings.filterwarnings("ignore", message=".*logs directory .* exists and is not empty.*")
 warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
 warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+# `StepBatches` starts where the checkpoint stopped, without the loader's help.
+warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
 
 
 def seed_everything(seed: int) -> None:
