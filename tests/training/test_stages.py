@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -72,6 +73,11 @@ def test_a_limited_run_continues_too(run_job: Callable[..., Path]) -> None:
     record = json.loads((folder / "record.json").read_text())
     assert (record["status"], sorted(losses(folder))) == ("interrupted", [0, 1, 2])
     assert record["error"] == "stopped at step 3 of 4; continue with ckpt_path=last"
+    # Even if the process had died right after saving, before Lightning wrote that step's row.
+    rows = (folder / "metrics.csv").read_text().splitlines(keepends=True)
+    step = rows[0].strip().split(",").index("step")
+    (folder / "metrics.csv").write_text("".join(row for row in rows if row.split(",")[step] != "2"))
+    assert sorted(losses(folder)) == [0, 1]
     assert losses(run_job("seed=5", "ckpt_path=last")) == whole
 
 
@@ -87,9 +93,12 @@ def test_a_non_finite_loss_stops_the_run(run_job: Callable[..., Path], outputs: 
 
 def test_ruined_weights_never_replace_a_good_checkpoint(llava_model: Any) -> None:
     module = language_module(llava_model)
+    module._trainer = SimpleNamespace(
+        callback_metrics={"train/loss": torch.tensor(0.5), "val/accuracy": 1.0}, global_step=3
+    )
     checkpoint: dict[str, Any] = {}
     module.on_save_checkpoint(checkpoint)
-    assert checkpoint == {"ders_identity": {}}
+    assert checkpoint == {"ders_identity": {}, "ders_last_row": {"train/loss": 0.5}}
     llava_model.model.lm_head.weight.data[0, 0] = float("nan")
     with pytest.raises(
         NonFiniteLossError, match=r"1 weights are not finite, among them model\.lm_head\.weight: not saved"

@@ -122,12 +122,15 @@ def fit(
 def _keep_rows(logger: CSVLogger, ckpt_path: Path) -> None:
     """Carry the rows up to a checkpoint over: Lightning's writer begins with an empty file."""
     file = Path(logger.log_dir) / "metrics.csv"
-    if not file.exists():
-        return
-    step = torch.load(ckpt_path, weights_only=True, mmap=True, map_location="cpu")["global_step"]
-    with file.open(newline="") as rows:
-        kept = [row for row in csv.DictReader(rows) if int(row["step"]) < step]
+    checkpoint = torch.load(ckpt_path, weights_only=True, mmap=True, map_location="cpu")
+    step = checkpoint["global_step"]
+    kept = []
+    if file.exists():
+        with file.open(newline="") as rows:
+            kept = [row for row in csv.DictReader(rows) if int(row["step"]) < step]
     for row in kept:
         metrics = {key: float(value) for key, value in row.items() if key != "step" and value != ""}
         logger.experiment.log_metrics(metrics, int(row["step"]))
+    if not any(int(row["step"]) == step - 1 and row.get("train/loss") for row in kept):
+        logger.experiment.log_metrics(checkpoint["ders_last_row"], step - 1)
     logger.save()

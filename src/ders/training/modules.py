@@ -60,6 +60,9 @@ class StageModule(lightning.LightningModule):
                 "saved. The last good checkpoint is kept: lower the learning rate or clip gradients, and start again"
             )
         checkpoint["ders_identity"] = self.identity
+        # Lightning logs a step's row after the callbacks that save: a process killed in between would lose it.
+        row = {key: float(value) for key, value in self.trainer.callback_metrics.items() if key.startswith("train/")}
+        checkpoint["ders_last_row"] = row
 
     def refuse_non_finite(self, loss: Tensor) -> None:
         # All processes stop together: one that stopped alone would leave the others waiting.
