@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,8 +53,15 @@ def test_train_commands(command: str, outputs: Path, monkeypatch: pytest.MonkeyP
 def test_tables_commands(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ders.cli.tables import main
 
-    monkeypatch.setattr(sys, "argv", [*shlex.split(command)[1:], f"results={tmp_path}", f"output_dir={tmp_path}"])
+    results = tmp_path / "results"
+    shutil.copytree(ROOT / "results", results)
+    for table in results.rglob("table.md"):
+        table.unlink()
+    monkeypatch.setattr(sys, "argv", [*shlex.split(command)[1:], f"results={results}", f"output_dir={tmp_path}"])
     main()
+    built = {table.parent.name: table.read_text() for table in results.rglob("table.md")}
+    assert "methods" in built
+    assert built == {name: (ROOT / "results" / name / "table.md").read_text() for name in built}
 
 
 def test_the_tables_are_those_of_results() -> None:
