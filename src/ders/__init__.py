@@ -5,7 +5,7 @@ folders of upcycled models.
 """
 
 from ders.accounting import count_parameters
-from ders.deltas import Delta, LowRankDelta, SparseDelta
+from ders.deltas import Delta, LowRankDelta, QuantizedDelta, SparseDelta, ZeroDelta
 from ders.models.registration import register
 from ders.moe import Router, TopKRouter
 from ders.upcycling import certify, set_trainable, upcycle
@@ -17,9 +17,11 @@ register()
 __all__ = [
     "Delta",
     "LowRankDelta",
+    "QuantizedDelta",
     "Router",
     "SparseDelta",
     "TopKRouter",
+    "ZeroDelta",
     "certify",
     "count_parameters",
     "set_trainable",

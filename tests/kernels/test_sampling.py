@@ -13,13 +13,13 @@ def test_stable_hash_is_pinned() -> None:
 
 
 def test_positions_are_pinned() -> None:
-    assert sample_positions(8, 128, 512, seed=7).tolist() == [7856, 21545, 27934, 30012, 39816, 46010, 48683, 56244]
+    assert sample_positions(8, 128, 512, seed=7).tolist() == [24478, 25065, 25116, 31415, 37562, 44178, 46360, 59005]
     assert sample_positions(5, 5632, 2048, seed=stable_hash(3, "x")).tolist() == [
-        35062,
-        1392325,
-        2870392,
-        6711668,
-        11131492,
+        3204682,
+        4164651,
+        5137484,
+        9998331,
+        11265516,
     ]
 
 

@@ -26,7 +26,7 @@ def test_values_and_gradients_match_the_oracle(
     values = torch.randn_like(delta.values_EN)
     for function in (fast, sparse.sparse_linear_oracle):
         x_SI, values_EN = x.clone().requires_grad_(), values.clone().requires_grad_()
-        y_SO = function(x_SI, expert_S, values_EN, delta.columns_EN, delta.row_starts_EP)
+        y_SO = function(x_SI, expert_S, values_EN, *delta._derive())
         y_SO.backward(upstream)
         results.append((y_SO.detach(), x_SI.grad, values_EN.grad))
     torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-12)

@@ -8,9 +8,11 @@ import pkgutil
 
 from ders.deltas.base import Delta
 from ders.deltas.low_rank import LowRankDelta
+from ders.deltas.quantized import QuantizedDelta
 from ders.deltas.sparse import SparseDelta
+from ders.deltas.zero import ZeroDelta
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["Delta", "LowRankDelta", "SparseDelta"]
+__all__ = ["Delta", "LowRankDelta", "QuantizedDelta", "SparseDelta", "ZeroDelta"]

@@ -44,6 +44,12 @@ class Delta(nn.Module):
 
     def fit_(self, delta_EOI: Tensor) -> "Delta":
         """Become the closest representation of trained deltas (E, O, I); returns self."""
+        for expert, delta_OI in enumerate(delta_EOI):
+            self.fit_expert_(expert, delta_OI)
+        return self
+
+    def fit_expert_(self, expert: int, delta_OI: Tensor) -> None:
+        """Become the closest representation of one expert's trained delta (O, I); the others stay as they are."""
         raise NotImplementedError
 
     def storage_bits(self) -> int:

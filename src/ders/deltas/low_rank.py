@@ -51,13 +51,21 @@ class LowRankDelta(Delta):
         return F.linear((z_SER * mine_SE1).flatten(1), b_OER)
 
     @torch.no_grad()
-    def fit_(self, delta_EOI: Tensor) -> "LowRankDelta":
-        """The best factors of this rank in the Frobenius norm (Eckart–Young): a truncated SVD per expert."""
-        u_EOX, s_EX, vh_EXI = torch.linalg.svd(delta_EOI.to(torch.promote_types(delta_EOI.dtype, torch.float32)), False)
-        root_ER = s_EX[:, : self.rank].sqrt()
-        self.b_EOR.copy_(u_EOX[:, :, : self.rank] * root_ER[:, None, :])
-        self.a_ERI.copy_(vh_EXI[:, : self.rank] * root_ER[:, :, None])
-        return self
+    def fit_expert_(self, expert: int, delta_OI: Tensor) -> None:
+        """The best factors of this rank in the Frobenius norm (Eckart–Young), from the smaller Gram matrix in float64.
+
+        Squaring loses singular values below 1e-8 of the largest, which add nothing to the error; it costs a fifth of a
+        full SVD.
+        """
+        wide = delta_OI.double() if self.out_features <= self.in_features else delta_OI.double().T
+        leading_MR = torch.linalg.eigh(wide @ wide.T).eigenvectors[:, -self.rank :].flip(1)
+        # U (Uᵀ Δ): the projection on the leading singular vectors, its scale shared evenly between the factors.
+        projected_RN = leading_MR.T @ wide
+        root_R = projected_RN.norm(dim=1).sqrt().clamp(min=1e-150)
+        left, right = leading_MR * root_R, projected_RN / root_R[:, None]
+        b_OR, a_RI = (left, right) if self.out_features <= self.in_features else (right.T, left.T)
+        self.b_EOR[expert] = b_OR.to(self.b_EOR.dtype)
+        self.a_ERI[expert] = a_RI.to(self.a_ERI.dtype)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}"

@@ -1,87 +1,165 @@
-"""DeRS-SM: each expert differs from the base at a few fixed, random positions.
+"""DeRS-SM and DeRS compression by sparsification: each expert differs from the base at a few positions.
 
-E experts, O/I out/in features, N kept entries of a matrix, P = O + 1 row boundaries, S slots.
+E experts, O/I out/in features, N kept entries of a matrix, P = O + 1 row boundaries, B packed bytes, S slots.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ders.deltas.base import Delta
-from ders.kernels import sample_positions, sparse_linear, stable_hash
+from ders.kernels import (
+    dequantize,
+    largest_positions,
+    pack_positions,
+    packed_size,
+    positions_size,
+    quantize,
+    sample_positions,
+    sparse_linear,
+    stable_hash,
+    unpack_positions,
+)
+
+SELECTIONS = ("random", "magnitude")
 
 
 class SparseDelta(Delta):
-    """Trainable values at N = round((1 − sparsity)·O·I) positions per expert (section 3.3 of arXiv 2503.01359).
+    """Values at N = round((1 − sparsity)·O·I) positions per expert (sections 3.2 and 3.3 of arXiv 2503.01359).
 
-    Positions are distinct, uniform and frozen; they follow from one stored 64-bit seed per expert and cost no bytes.
+    Random positions are distinct, uniform and frozen; they follow from one stored 64-bit seed per expert and cost no
+    bytes. Positions chosen by magnitude are stored, as a bitmap or delta-coded, whichever is smaller. (The paper draws
+    every position by itself, so its count varies; here it is exact.)
 
     Args:
         sparsity: fraction of zeros, in [0, 1).
+        selection: which entries of a trained delta `fit_` keeps: `random` ones, or the largest by `magnitude`.
+        rescale: `fit_` multiplies what it keeps by 1 / (1 − sparsity), so that the expected sum stays (eq. 4).
+        values_bits: store values in as many bits (1, 2, 3, 4, 8) on a grid from an expert's smallest to its largest;
+            they are then no longer trainable. None: as they are.
 
     Raises:
-        ValueError: sparsity is out of range, or so high that no entry of this matrix is kept.
+        ValueError: a dial is out of range, or sparsity so high that no entry of this matrix is kept.
     """
 
     def __init__(
-        self, num_experts: int, out_features: int, in_features: int, *, sparsity: float, seed: int = 0
+        self,
+        num_experts: int,
+        out_features: int,
+        in_features: int,
+        *,
+        sparsity: float,
+        selection: str = "random",
+        rescale: bool = False,
+        values_bits: int | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__(num_experts, out_features, in_features, seed=seed)
         if not 0 <= sparsity < 1:
             raise ValueError(f"sparsity must be in [0, 1), the fraction of zeros: got {sparsity}")
-        size = out_features * in_features
-        self.sparsity = sparsity
-        self.num_kept = round((1 - sparsity) * size)
+        if selection not in SELECTIONS:
+            raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}: got {selection!r}")
+        self.size = out_features * in_features
+        self.sparsity, self.selection, self.rescale, self.values_bits = sparsity, selection, rescale, values_bits
+        self.num_kept = round((1 - sparsity) * self.size)
         if self.num_kept == 0:
             raise ValueError(
-                f"sparsity {sparsity} keeps none of the {size} entries of a {out_features}×{in_features} matrix: "
-                f"set sparsity to {_largest_sparsity(size)} or less"
+                f"sparsity {sparsity} keeps none of the {self.size} entries of a {out_features}×{in_features} matrix: "
+                f"set sparsity to {_largest_sparsity(self.size)} or less"
             )
-        if size >= 2**31:
+        if self.size >= 2**31:
             raise ValueError(f"a {out_features}×{in_features} matrix has more entries than 32-bit indices can name")
-        self.values_EN = nn.Parameter(torch.zeros(num_experts, self.num_kept))
-        seeds = [stable_hash(seed, expert) for expert in range(num_experts)]
-        self.register_buffer("seeds_E", torch.tensor(seeds, dtype=torch.int64))
-        self.register_buffer("columns_EN", torch.empty(num_experts, self.num_kept, dtype=torch.int32), persistent=False)
-        self.register_buffer(
-            "row_starts_EP", torch.empty(num_experts, out_features + 1, dtype=torch.int32), persistent=False
-        )
-        self.restore_()
+        if values_bits is None:
+            self.values_EN = nn.Parameter(torch.zeros(num_experts, self.num_kept))
+        else:
+            codes = torch.zeros(num_experts, packed_size(self.num_kept, values_bits), dtype=torch.uint8)
+            self.register_buffer("codes_EB", codes)
+            self.register_buffer("grids_E2", torch.zeros(num_experts, 2))
+        if selection == "random":
+            seeds = [stable_hash(seed, expert) for expert in range(num_experts)]
+            self.register_buffer("seeds_E", torch.tensor(seeds, dtype=torch.int64))
+        else:
+            support = torch.zeros(num_experts, positions_size(self.num_kept, self.size), dtype=torch.uint8)
+            self.register_buffer("support_EB", support)
+        # Derived on first use, so that loading a file costs no memory beyond the file's.
+        self.register_buffer("columns_EN", None, persistent=False)
+        self.register_buffer("row_starts_EP", None, persistent=False)
 
     seeds_E: Tensor
-    columns_EN: Tensor
-    row_starts_EP: Tensor
+    support_EB: Tensor
+    codes_EB: Tensor
+    grids_E2: Tensor
+    columns_EN: Tensor | None
+    row_starts_EP: Tensor | None
 
-    def restore_(self) -> None:
-        if self.seeds_E.is_meta:
-            return
-        for expert, seed in enumerate(self.seeds_E.tolist()):
-            positions_N = self._positions(seed)
-            self.columns_EN[expert] = positions_N % self.in_features
-            boundaries_P = torch.arange(self.out_features + 1, device=positions_N.device) * self.in_features
-            self.row_starts_EP[expert] = torch.searchsorted(positions_N, boundaries_P)
-
-    def _positions(self, seed: int) -> Tensor:
-        return sample_positions(self.num_kept, self.out_features, self.in_features, seed, self.values_EN.device)
-
-    def dense(self, expert: int) -> Tensor:
-        flat = self.values_EN.new_zeros(self.out_features * self.in_features)
-        positions_N = self._positions(int(self.seeds_E[expert]))
-        return flat.index_put((positions_N,), self.values_EN[expert]).view(self.out_features, self.in_features)
-
-    def forward(self, x_SI: Tensor, expert_S: Tensor) -> Tensor:
-        return sparse_linear(x_SI, expert_S, self.values_EN, self.columns_EN, self.row_starts_EP)
-
-    @torch.no_grad()
-    def fit_(self, delta_EOI: Tensor) -> "SparseDelta":
-        """Keeps the entries at the drawn positions; on a fixed support no choice of values is closer."""
-        for expert, seed in enumerate(self.seeds_E.tolist()):
-            self.values_EN[expert] = delta_EOI[expert].flatten()[self._positions(seed)]
+    def _apply(self, fn: Any, recurse: bool = True) -> "SparseDelta":
+        super()._apply(fn, recurse)
+        if self.values_bits is not None:  # codes were chosen against this grid: no cast may round it
+            self.grids_E2 = self.grids_E2.to(torch.float32)
         return self
 
+    def restore_(self) -> None:
+        self.columns_EN = self.row_starts_EP = None
+
+    def _derive(self) -> tuple[Tensor, Tensor]:
+        """Columns (E, N) and row boundaries (E, P) of the compressed-row form, int32."""
+        if self.columns_EN is None or self.row_starts_EP is None:
+            columns, starts = [], []
+            for expert in range(self.num_experts):
+                positions_N = self._positions(expert)
+                columns.append((positions_N % self.in_features).int())
+                boundaries_P = torch.arange(self.out_features + 1, device=positions_N.device) * self.in_features
+                starts.append(torch.searchsorted(positions_N, boundaries_P).int())
+            self.columns_EN, self.row_starts_EP = torch.stack(columns), torch.stack(starts)
+        return self.columns_EN, self.row_starts_EP
+
+    def _positions(self, expert: int) -> Tensor:
+        if self.selection == "magnitude":
+            packed_B = self.support_EB[expert]
+            if not packed_B.any():  # nothing chosen yet: any positions will do
+                return torch.arange(self.num_kept, device=packed_B.device)
+            return unpack_positions(packed_B, self.num_kept, self.size)
+        seed = int(self.seeds_E[expert])
+        return sample_positions(self.num_kept, self.out_features, self.in_features, seed, self.seeds_E.device)
+
+    def _values(self, dtype: torch.dtype) -> Tensor:
+        if self.values_bits is None:
+            return self.values_EN
+        lows_E, steps_E = self.grids_E2.to(dtype).unbind(1)
+        return dequantize(self.codes_EB, self.values_bits, self.num_kept, lows_E, steps_E)
+
+    def dense(self, expert: int) -> Tensor:
+        values_N = self._values(torch.float32)[expert]
+        flat = values_N.new_zeros(self.size).index_put((self._positions(expert),), values_N)
+        return flat.view(self.out_features, self.in_features)
+
+    def forward(self, x_SI: Tensor, expert_S: Tensor) -> Tensor:
+        return sparse_linear(x_SI, expert_S, self._values(x_SI.dtype), *self._derive())
+
+    @torch.no_grad()
+    def fit_expert_(self, expert: int, delta_OI: Tensor) -> None:
+        """Keeps what `selection` says; without `rescale` no choice of values on that support is closer."""
+        if self.selection == "magnitude":
+            positions_N = largest_positions(delta_OI, self.num_kept)
+            self.support_EB[expert] = pack_positions(positions_N, self.size)
+            self.restore_()
+        else:
+            positions_N = self._positions(expert)
+        values_N = delta_OI.reshape(-1)[positions_N]
+        if self.rescale:
+            values_N = values_N / (1 - self.sparsity)
+        if self.values_bits is None:
+            self.values_EN[expert] = values_N.to(self.values_EN.dtype)
+        else:
+            codes_1B, low_1, step_1 = quantize(values_N[None], self.values_bits, 1, "uniform", False)
+            self.codes_EB[expert] = codes_1B[0]
+            self.grids_E2[expert] = torch.cat([low_1, step_1]).float()
+
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, sparsity={self.sparsity}, {self.num_kept} kept per matrix"
+        kept = f"{self.num_kept} kept per matrix"
+        return f"{super().extra_repr()}, sparsity={self.sparsity}, {self.selection}, {kept}"
 
 
 def _largest_sparsity(size: int) -> float:

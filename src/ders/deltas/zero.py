@@ -1,0 +1,19 @@
+"""No delta at all: the control that asks what the base alone is worth."""
+
+import torch
+from torch import Tensor
+
+from ders.deltas.base import Delta
+
+
+class ZeroDelta(Delta):
+    """Δ_e = 0: every expert is the base. It has no dials and occupies nothing."""
+
+    def dense(self, expert: int) -> Tensor:
+        return torch.zeros(self.out_features, self.in_features)
+
+    def forward(self, x_SI: Tensor, expert_S: Tensor) -> Tensor:
+        return x_SI.new_zeros(len(x_SI), self.out_features)
+
+    def fit_expert_(self, expert: int, delta_OI: Tensor) -> None:
+        """Nothing of the trained delta is kept."""
