@@ -1,5 +1,8 @@
-"""What every delta promises. Each `conf/method/*.yaml` and `conf/compression/*.yaml` with a delta is enrolled by listing
-the folders, and every scheme of the forms that have several."""
+"""What every delta promises.
+
+Each `conf/method/*.yaml` and `conf/compression/*.yaml` with a delta is enrolled by listing the folders, and every scheme
+of the forms that have several.
+"""
 
 import copy
 import functools

@@ -143,7 +143,7 @@ def test_an_upcycling_is_plain_data() -> None:
     import json
 
     upcycling = Upcycling(4, 2, (0, 2), delta={"name": "SparseDelta", "sparsity": 0.9}, universal=True, seed=3)
-    assert Upcycling.from_dict(json.loads(json.dumps(upcycling.to_dict()))) == upcycling
+    assert Upcycling.from_section(json.loads(json.dumps(upcycling.to_section()))) == upcycling
 
 
 def test_training_moves_every_part(dense_model: Callable[..., Any]) -> None:

@@ -40,7 +40,7 @@ def count_parameters(model: nn.Module) -> Counts:
     added = sum(_size(layer) - layer.num_dense_params for layer in layers)
     universal = sum(_size(layer.universal) for layer in layers)
     idle = sum(
-        _size(layer.experts) * (layer.router.num_experts - layer.router.top_k) // layer.router.num_experts
+        _size(layer.experts) * (layer.router.num_experts - layer.router.top_k) // layer.experts.num_experts
         for layer in layers
     )
     return Counts(

@@ -1,10 +1,7 @@
 """A model with what it reads through, and its Hugging Face folder."""
 
 import functools
-import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +12,10 @@ from PIL.Image import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
+from ders.checkpoint import ModelFolderError, TensorFolder, new_folder
 from ders.models.registration import DersConfig
 
 IMAGE_TOKEN = "<image>"
-
-
-class ModelFolderError(ValueError):
-    """A folder that does not hold a whole Hugging Face model; the message names what is wrong with it."""
 
 
 @dataclass
@@ -68,28 +62,15 @@ def save_bundle(bundle: ModelBundle, folder: Path, provenance: dict[str, Any] | 
     Args:
         provenance: noted in the `ders` section of an upcycled model's `config.json`; nothing ever acts on it.
     """
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
     section = getattr(bundle.model.config, "quantization_config", None)
     if section is not None:
         data = section.to_dict() if isinstance(section, DersConfig) else dict(section)
         bundle.model.config.quantization_config = DersConfig(
             **data | ({"provenance": provenance} if provenance else {})
         )
-    bundle.model.save_pretrained(unfinished)
-    bundle.processor.save_pretrained(unfinished)
-    for file in unfinished.iterdir():  # renamed only when every byte is on the disk
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    replaced = folder.with_name(f".{folder.name}.replaced")
-    if replaced.exists() and not folder.exists():  # an earlier save stopped between the two renames
-        replaced.rename(folder)
-    shutil.rmtree(replaced, ignore_errors=True)
-    if folder.exists():
-        folder.rename(replaced)
-    unfinished.rename(folder)
-    shutil.rmtree(replaced, ignore_errors=True)
+    with new_folder(folder, overwrite=True) as unfinished:
+        bundle.model.save_pretrained(unfinished)
+        bundle.processor.save_pretrained(unfinished)
 
 
 def read_config(folder: Path) -> Any:
@@ -139,12 +120,8 @@ def load_bundle(folder: Path, dtype: torch.dtype | str = "auto") -> ModelBundle:
 
 
 def weights_sha256(folder: Path) -> str:
-    """sha256 over the weight files of a model folder, in the order of their names."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
-    return digest.hexdigest()
+    """sha256 of the weights of a model folder by content, however they are sharded."""
+    return TensorFolder(folder).content_sha256()
 
 
 def stored_bytes(folder: Path) -> int:

@@ -21,10 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ders.deltas import Delta
 from ders.moe import moe_layers
-from ders.upcycling.surgery import FORMAT_VERSION, Upcycling, apply
-
-# Entries of the section that say how the file is written or where it came from, not what to build.
-_ABOUT_THE_FILE = ("quant_method", "format_version", "provenance")
+from ders.upcycling import Upcycling, apply
 
 
 class DersConfig(QuantizationConfigMixin):
@@ -44,13 +41,7 @@ class DersConfig(QuantizationConfigMixin):
 
     @property
     def upcycling(self) -> Upcycling:
-        version = self.section.get("format_version")
-        if version != FORMAT_VERSION:
-            raise ValueError(
-                f"config.json: format_version {version!r} is not known to this ders (it reads {FORMAT_VERSION}). "
-                "Update ders, or write the folder again with this version"
-            )
-        return Upcycling.from_dict({k: v for k, v in self.section.items() if k not in _ABOUT_THE_FILE})
+        return Upcycling.from_section(self.section)
 
 
 class DersQuantizer(HfQuantizer):

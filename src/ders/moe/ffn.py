@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -48,3 +49,16 @@ class FFN:
                 f"{sorted(owners)}, expected linear layers {list(self.projections)} and {self.activation!r}"
             )
         return {name: found[name] for name in self.projections}
+
+    def module(self, weights: Mapping[str, Tensor], biases: Mapping[str, Tensor], activation: Any) -> nn.Module:
+        """A dense FFN module of this form, its linear layers holding the given tensors themselves, not copies."""
+        dense = nn.Module()
+        for name in self.projections:
+            out_features, in_features = weights[name].shape
+            linear = nn.Linear(in_features, out_features, bias=name in biases, device="meta")
+            linear.weight = nn.Parameter(weights[name])
+            if name in biases:
+                linear.bias = nn.Parameter(biases[name])
+            dense.add_module(name, linear)
+        setattr(dense, self.activation, activation)
+        return dense

@@ -7,6 +7,7 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ders.deltas import Delta
@@ -80,6 +81,7 @@ class SharedBaseMoE(MoELayer):
     """One shared base under the dense names (`gate_proj.weight`, …) and E deltas in `experts`.
 
     The dense names make a file of this layer readable as the dense model by a loader that knows nothing of deltas.
+    With `extended` the universal FFN is expert E, over the same base, and every token's last choice with weight 1.
     """
 
     experts: SharedBaseExperts
@@ -92,9 +94,11 @@ class SharedBaseMoE(MoELayer):
         make_delta: Callable[..., Delta],
         *,
         universal: bool = False,
+        extended: bool = False,
     ) -> None:
-        super().__init__(dense, form, router, universal=universal)
-        self.experts = SharedBaseExperts(dense, form, router.num_experts, make_delta)
+        super().__init__(dense, form, router, universal=universal and not extended)
+        self.extended = extended
+        self.experts = SharedBaseExperts(dense, form, router.num_experts + extended, make_delta)
         for name, linear in form.linears(dense).items():
             linear.register_parameter("bias", None)  # every expert has its own from here on
             self.add_module(name, linear)
@@ -102,7 +106,11 @@ class SharedBaseMoE(MoELayer):
         self.form = form
 
     def run_experts(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        return self.experts(x_TD, routing.top_k_index_TK, routing.top_k_weights_TK, base=self)
+        index_TK, weights_TK = routing.top_k_index_TK, routing.top_k_weights_TK
+        if self.extended:
+            index_TK = F.pad(index_TK, (0, 1), value=self.router.num_experts)
+            weights_TK = F.pad(weights_TK, (0, 1), value=1.0)
+        return self.experts(x_TD, index_TK, weights_TK, base=self)
 
     def effective_weight(self, name: str, expert: int) -> Tensor:
         delta = self.experts.deltas[name]

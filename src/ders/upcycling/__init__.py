@@ -2,7 +2,15 @@
 
 from ders.upcycling.certificate import Certificate, certify
 from ders.upcycling.families import FAMILIES, Family, find_decoder, require_family
-from ders.upcycling.surgery import Upcycling, UpcyclingSummary, apply, choose_layers, upcycle
+from ders.upcycling.surgery import (
+    Upcycling,
+    UpcyclingSummary,
+    apply,
+    choose_layers,
+    delta_maker,
+    describe_delta,
+    upcycle,
+)
 from ders.upcycling.trainable import TRAINABLE, set_trainable
 
 __all__ = [
@@ -15,6 +23,8 @@ __all__ = [
     "apply",
     "certify",
     "choose_layers",
+    "delta_maker",
+    "describe_delta",
     "find_decoder",
     "require_family",
     "set_trainable",

@@ -15,6 +15,8 @@ from ders.moe import MoELayer, Router, SharedBaseMoE, TopKRouter, VanillaMoE, mo
 from ders.upcycling.families import Family, find_decoder
 
 FORMAT_VERSION = 1
+# Entries of a section that say how the file is written or where it came from, not what to build.
+_ABOUT_THE_FILE = ("quant_method", "format_version", "provenance")
 LAYER_CHOICES = ("every_other", "all", "first_half", "second_half")
 
 
@@ -28,6 +30,7 @@ class Upcycling:
         delta: class name and dials of the delta; None for vanilla experts.
         router: class name and dials of the router.
         universal: a dense FFN serves every token beside the experts.
+        extended: that FFN is one more expert over the same base, instead of a copy of its own.
         seed: root of everything random.
     """
 
@@ -37,14 +40,42 @@ class Upcycling:
     delta: dict[str, Any] | None = None
     router: dict[str, Any] = field(default_factory=lambda: {"name": "TopKRouter"})
     universal: bool = False
+    extended: bool = False
     seed: int = 0
 
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "layers": list(self.layers)}
+    def __post_init__(self) -> None:
+        if self.extended and (not self.universal or self.delta is None):
+            raise ValueError(
+                "extended=true makes the universal FFN one more expert over the shared base: it needs a universal FFN "
+                "and experts that are deltas"
+            )
+
+    def to_section(self, provenance: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The `ders` section of a `config.json`, where transformers looks for a quantizer."""
+        about = {"quant_method": "ders", "format_version": FORMAT_VERSION}
+        section = {**about, **asdict(self), "layers": list(self.layers)}
+        return section if provenance is None else {**section, "provenance": provenance}
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "Upcycling":
-        return cls(**{**data, "layers": tuple(data["layers"])})
+    def from_section(cls, section: dict[str, Any]) -> "Upcycling":
+        """What a `ders` section says.
+
+        Raises:
+            ValueError: its format version is unknown, or it is not such a section.
+        """
+        version = section.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"config.json: format_version {version!r} is not known to this ders (it reads {FORMAT_VERSION}). "
+                "Update ders, or write the folder again with this version"
+            )
+        try:
+            return cls(
+                **{k: v for k, v in section.items() if k not in (*_ABOUT_THE_FILE, "layers")},
+                layers=tuple(section["layers"]),
+            )
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"config.json: its ders section is damaged: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -68,7 +99,7 @@ class UpcyclingSummary:
         versus = "" if u.delta is None else f" (vanilla +{readable(self.added_params_vanilla)})"
         return (
             f"{len(u.layers)} of {self.num_layers} FFNs → {u.num_experts} experts, top-{u.top_k}"
-            f"{' + universal FFN' if u.universal else ''}, {what}: "
+            f"{' + universal FFN' if u.universal else ''}{' over the same base' if u.extended else ''}, {what}: "
             f"+{readable(self.added_params)} parameters{versus}"
         )
 
@@ -120,6 +151,7 @@ def upcycle(
     router: Callable[..., Router] = TopKRouter,
     layers: str | Sequence[int] = "every_other",
     universal: bool = False,
+    extended: bool = False,
     seed: int = 0,
 ) -> UpcyclingSummary:
     """Turn chosen FFNs of a dense model into MoE layers, in place.
@@ -136,6 +168,7 @@ def upcycle(
         router: a `Router` subclass, its options bound likewise.
         layers: see `choose_layers`.
         universal: keep a copy of the FFN that serves every token beside the experts.
+        extended: let that FFN be one more delta over the shared base.
         seed: root of everything random.
 
     Returns:
@@ -151,9 +184,10 @@ def upcycle(
         num_experts=num_experts,
         top_k=top_k,
         layers=chosen,
-        delta=None if delta is None else _describe(delta, Delta),
+        delta=None if delta is None else describe_delta(delta),
         router=_describe(router, Router),
         universal=universal,
+        extended=extended,
         seed=seed,
     )
     return apply(model, upcycling)
@@ -173,11 +207,7 @@ def apply(model: nn.Module, upcycling: Upcycling) -> UpcyclingSummary:
     if config is not None:
         # A shallow copy: the configuration may be shared with models that stay dense.
         upcycled = copy.copy(config)
-        upcycled.quantization_config = {
-            "quant_method": "ders",
-            "format_version": FORMAT_VERSION,
-            **upcycling.to_dict(),
-        }
+        upcycled.quantization_config = upcycling.to_section()
         for module in model.modules():
             if getattr(module, "config", None) is config:
                 module.config = upcycled
@@ -194,13 +224,6 @@ def _build_layer(block: nn.Module, family: Family, upcycling: Upcycling, index: 
             child._parameters = dict(child._parameters)
     weight = next(iter(family.ffn.linears(dense).values())).weight
     bound_router = _bind(upcycling.router, Router.known, "router")
-    bound_delta = None if upcycling.delta is None else _bind(upcycling.delta, Delta.known, "delta")
-
-    def make_delta(name: str, num_experts: int, out_features: int, in_features: int) -> Delta:
-        assert bound_delta is not None
-        seed = stable_hash(upcycling.seed, index, name)
-        return bound_delta(num_experts, out_features, in_features, seed=seed).to(weight.dtype)
-
     with torch.device(weight.device):
         router = bound_router(
             weight.shape[1], upcycling.num_experts, upcycling.top_k, seed=stable_hash(upcycling.seed, index)
@@ -208,11 +231,36 @@ def _build_layer(block: nn.Module, family: Family, upcycling: Upcycling, index: 
         if weight.dtype == torch.float64:
             router = router.double()
         layer: MoELayer
-        if bound_delta is None:
+        if upcycling.delta is None:
             layer = VanillaMoE(dense, family.ffn, router, universal=upcycling.universal)
         else:
-            layer = SharedBaseMoE(dense, family.ffn, router, make_delta, universal=upcycling.universal)
+            layer = SharedBaseMoE(
+                dense,
+                family.ffn,
+                router,
+                delta_maker(upcycling, index, weight.dtype),
+                universal=upcycling.universal,
+                extended=upcycling.extended,
+            )
     return layer.train(dense.training)
+
+
+def delta_maker(upcycling: Upcycling, index: int, dtype: torch.dtype) -> Callable[[str, int, int, int], Delta]:
+    """Makes the deltas of layer `index`: (projection, E, O, I) → Delta. No two matrices share a seed."""
+    assert upcycling.delta is not None
+    bound = _bind(upcycling.delta, Delta.known, "delta")
+
+    def make(name: str, num_experts: int, out_features: int, in_features: int) -> Delta:
+        seed = stable_hash(upcycling.seed, index, name)
+        delta: Delta = bound(num_experts, out_features, in_features, seed=seed).to(dtype)
+        return delta
+
+    return make
+
+
+def describe_delta(delta: Callable[..., Delta]) -> dict[str, Any]:
+    """Class name and dials of a delta as plain data."""
+    return _describe(delta, Delta)
 
 
 def _describe(factory: Callable[..., Any], kind: type) -> dict[str, Any]:
@@ -239,7 +287,7 @@ def _summarize(upcycling: Upcycling, decoder: nn.Module, num_layers: int, replac
     held = sum(p.numel() for layer in replaced for p in layer.parameters())
     dense = sum(layer.num_dense_params for layer in replaced)
     routers = sum(p.numel() for layer in replaced for p in layer.router.parameters())
-    universal = dense if upcycling.universal else 0
+    universal = dense if upcycling.universal and not upcycling.extended else 0
     return UpcyclingSummary(
         upcycling=upcycling,
         model_type=decoder.config.model_type,  # type: ignore[union-attr, arg-type]

@@ -1,0 +1,133 @@
+"""A trained MoE on disk, whatever its layout, as experts, routers and everything else."""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ders.checkpoint import ModelFolderError, Piece, TensorFolder
+from ders.upcycling import Family, Upcycling, require_family
+
+
+@dataclass
+class MoELayerSource:
+    """One MoE layer in a file.
+
+    Attributes:
+        prefix: of its names: `model.layers.0.mlp`.
+        experts: by projection, E matrices (O, I).
+        biases: by projection that has one, E vectors (O,).
+        base: by projection, the shared base that the experts were made from, where they were.
+        others: router and universal FFN, by name inside the layer: `router.weight`, `universal.up_proj.weight`.
+    """
+
+    prefix: str
+    experts: dict[str, list[Piece]]
+    biases: dict[str, list[Piece]] = field(default_factory=dict)
+    base: dict[str, Piece] = field(default_factory=dict)
+    others: dict[str, Piece] = field(default_factory=dict)
+
+
+@dataclass
+class MoESource:
+    """A trained MoE, seen as one with full experts.
+
+    Attributes:
+        folder: where it lies.
+        config: the `config.json` of the dense model it came from.
+        family: how that model builds its FFNs.
+        upcycling: how its layers are built; `delta` is what the file holds, None for full experts.
+        layers: by index.
+        rest: all other tensors, under the names of the dense model.
+        provenance: what the folder says of where it came from.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    family: Family
+    upcycling: Upcycling
+    layers: dict[int, MoELayerSource]
+    rest: dict[str, Piece]
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        first = next(iter(self.layers.values()))
+        return next(iter(first.experts.values()))[0].dtype
+
+
+Reader = Callable[[TensorFolder], MoESource]
+# Layouts that can be read: whether a folder has it, and how it is read. In order of trial.
+READERS: list[tuple[str, Callable[[TensorFolder], bool], Reader]] = []
+
+
+def read_source(folder: Path) -> MoESource:
+    """The trained MoE in a folder: ours, or any layout in `READERS`.
+
+    Raises:
+        ModelFolderError: the folder is damaged, or holds no MoE of a known layout.
+    """
+    tensors = TensorFolder(folder)
+    for _, fits, read in READERS:
+        if fits(tensors):
+            return read(tensors)
+    known = ", ".join(name for name, _, _ in READERS)
+    raise ModelFolderError(f"{folder}: holds no MoE of a known layout ({known}): nothing to compress")
+
+
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The language model's part of a configuration."""
+    found: dict[str, Any] = config.get("text_config") or config
+    return found
+
+
+def family_of(config: dict[str, Any], folder: Path) -> Family:
+    model_type = text_config(config).get("model_type")
+    try:
+        return require_family(str(model_type))
+    except ValueError as error:
+        raise ModelFolderError(f"{folder / 'config.json'}: {error}") from error
+
+
+def by_layer(names: Iterator[str] | list[str], family: Family, inner: str) -> dict[int, tuple[str, dict[str, str]]]:
+    """Names whose part inside a layer's FFN matches `inner`, by layer: (prefix, {inner name: whole name})."""
+    pattern = re.compile(rf"(.*\b{family.layers}\.(\d+)\.{family.mlp})\.({inner})$")
+    found: dict[int, tuple[str, dict[str, str]]] = {}
+    for name in sorted(names):
+        if match := pattern.match(name):
+            found.setdefault(int(match[2]), (match[1], {}))[1][match[3]] = name
+    return found
+
+
+def dense_ffns(
+    tensors: TensorFolder, family: Family, indices: tuple[int, ...], shapes: dict[str, tuple[int, ...]]
+) -> dict[int, dict[str, Piece]]:
+    """The FFN matrices of a dense model's text decoder, by layer and projection.
+
+    Raises:
+        ModelFolderError: it lacks one, or one has another shape than the experts.
+    """
+    weights = "|".join(rf"{name}\.weight" for name in family.ffn.projections)
+    pattern = re.compile(rf"(.*\b{family.layers})\.(\d+)\.{family.mlp}\.({weights})$")
+    by_prefix: dict[str, dict[tuple[int, str], Piece]] = {}
+    for name, piece in tensors.pieces.items():
+        if match := pattern.match(name):
+            key = int(match[2]), match[3].removesuffix(".weight")
+            by_prefix.setdefault(match[1], {})[key] = piece
+    wanted = [(index, name) for index in indices for name in family.ffn.projections]
+    # A vision tower has such names too: only the decoder has all the layers, in the experts' shapes.
+    fitting = [
+        found
+        for found in by_prefix.values()
+        if all(key in found and found[key].shape == shapes[key[1]] for key in wanted)
+    ]
+    if len(fitting) != 1:
+        raise ModelFolderError(
+            f"{tensors.folder}: not the dense model these experts came from: it has no FFN matrices "
+            + ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+            + f" in layers {', '.join(map(str, indices))}"
+        )
+    return {index: {name: fitting[0][index, name] for name in family.ffn.projections} for index in indices}
