@@ -1,7 +1,7 @@
 """What every delta promises.
 
-Each `conf/method/*.yaml` and `conf/compression/*.yaml` with a delta is enrolled by listing the folders, and every scheme
-of the forms that have several.
+Each `conf/method/*.yaml` and `conf/compression/*.yaml` with a delta is enrolled by listing the folders, and every
+scheme of the forms that have several.
 """
 
 import copy

@@ -184,9 +184,9 @@ def copy_other_files(source: Path, target: Path) -> None:
     """Everything of a model folder but its weights and `config.json`: tokenizer, processor, licence. Never a pickle."""
     weights = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".index.json")
     for file in sorted(source.iterdir()):
-        if file.is_file() and not file.name.startswith(".") and file.name != "config.json":
-            if not file.name.endswith(weights):
-                shutil.copyfile(file, target / file.name)
+        hidden = file.name.startswith(".") or file.name == "config.json" or file.name.endswith(weights)
+        if file.is_file() and not hidden:
+            shutil.copyfile(file, target / file.name)
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Writing safetensors tensor by tensor, whatever the model's size.
 
-The format (github.com/huggingface/safetensors): eight bytes with the length of a JSON header, the header, then the bytes
-of all tensors without a gap.
+The format (github.com/huggingface/safetensors): eight bytes with the length of a JSON header, the header, then the
+bytes of all tensors without a gap.
 """
 
 import json

@@ -46,8 +46,8 @@ class CompressionSummary:
         dials = "".join(f" {key} {value}" for key, value in u.delta.items() if key != "name" and value is not None)
         return (
             f"{len(u.layers)} MoE layers of {u.num_experts} experts → {u.delta['name']}{dials}: experts "
-            f"{_mb(self.expert_bytes)} → {_mb(self.base_bytes + self.delta_bytes)} ({100 * self.ratio:.1f} %), of which "
-            f"shared bases {_mb(self.base_bytes)}; a delta is at most {self.relative_delta:.2g} of its base"
+            f"{_mb(self.expert_bytes)} → {_mb(self.base_bytes + self.delta_bytes)} ({100 * self.ratio:.1f} %), of "
+            f"which shared bases {_mb(self.base_bytes)}; a delta is at most {self.relative_delta:.2g} of its base"
         )
 
 
@@ -151,8 +151,8 @@ def fit(
     for expert, weight_OI in enumerate(stack):
         if weight_OI.shape != base_OI.shape:
             raise ValueError(
-                f"{where}: the base has a {tuple(base_OI.shape)} matrix and the experts {tuple(weight_OI.shape)}: it is "
-                "not the dense model they came from"
+                f"{where}: the base has a {tuple(base_OI.shape)} matrix and the experts {tuple(weight_OI.shape)}: it "
+                "is not the dense model they came from"
             )
         # Block by block, so that the widened copy of the base stays in the cache.
         step = max(1, (1 << 17) // base_OI.shape[1])

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from ders.checkpoint import ModelFolderError, Piece, TensorFolder
-from ders.compression.source import READERS, MoELayerSource, MoESource, by_layer, family_of
+from ders.compression.source import MoELayerSource, MoESource, by_layer, family_of
 from ders.deltas import Delta
 from ders.upcycling import Family, Upcycling, delta_maker
 
 _INNER = r"experts\..+|router\..+|universal\..+"
 
 
-def _fits(tensors: TensorFolder) -> bool:
+def is_own(tensors: TensorFolder) -> bool:
     return (tensors.config().get("quantization_config") or {}).get("quant_method") == "ders"
 
 
@@ -101,6 +101,3 @@ def _synthesised(
 def as_vanilla(upcycling: Upcycling) -> Upcycling:
     """The same layers with full experts."""
     return dataclasses.replace(upcycling, delta=None, extended=False)
-
-
-READERS.append(("ders", _fits, read_own))

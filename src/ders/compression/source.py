@@ -1,7 +1,7 @@
 """A trained MoE on disk, whatever its layout, as experts, routers and everything else."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,25 +59,6 @@ class MoESource:
         return next(iter(first.experts.values()))[0].dtype
 
 
-Reader = Callable[[TensorFolder], MoESource]
-# Layouts that can be read: whether a folder has it, and how it is read. In order of trial.
-READERS: list[tuple[str, Callable[[TensorFolder], bool], Reader]] = []
-
-
-def read_source(folder: Path) -> MoESource:
-    """The trained MoE in a folder: ours, or any layout in `READERS`.
-
-    Raises:
-        ModelFolderError: the folder is damaged, or holds no MoE of a known layout.
-    """
-    tensors = TensorFolder(folder)
-    for _, fits, read in READERS:
-        if fits(tensors):
-            return read(tensors)
-    known = ", ".join(name for name, _, _ in READERS)
-    raise ModelFolderError(f"{folder}: holds no MoE of a known layout ({known}): nothing to compress")
-
-
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
     """The language model's part of a configuration."""
     found: dict[str, Any] = config.get("text_config") or config
@@ -92,7 +73,7 @@ def family_of(config: dict[str, Any], folder: Path) -> Family:
         raise ModelFolderError(f"{folder / 'config.json'}: {error}") from error
 
 
-def by_layer(names: Iterator[str] | list[str], family: Family, inner: str) -> dict[int, tuple[str, dict[str, str]]]:
+def by_layer(names: Iterable[str], family: Family, inner: str) -> dict[int, tuple[str, dict[str, str]]]:
     """Names whose part inside a layer's FFN matches `inner`, by layer: (prefix, {inner name: whole name})."""
     pattern = re.compile(rf"(.*\b{family.layers}\.(\d+)\.{family.mlp})\.({inner})$")
     found: dict[int, tuple[str, dict[str, str]]] = {}

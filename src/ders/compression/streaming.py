@@ -18,7 +18,8 @@ from ders.checkpoint import (
     write_config,
 )
 from ders.compression.compress import CompressionSummary, compressed_form, fit, mean_of, warn_of_mean
-from ders.compression.source import MoELayerSource, MoESource, dense_ffns, read_source
+from ders.compression.reading import read_source
+from ders.compression.source import MoELayerSource, MoESource, dense_ffns
 from ders.deltas import Delta
 from ders.upcycling import Upcycling, delta_maker
 

@@ -60,7 +60,7 @@ def centred_grid(steps_G: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(codes_RB: Tensor, bits: int, in_features: int, lows: Tensor, steps: Tensor) -> Tensor:
-    """Packed codes (R, B) → (R, I) in the dtype of origins and steps: one pair for all rows, or equally many for each."""
+    """Packed codes (R, B) → (R, I) in the type of origins and steps: a pair for all rows, or equally many for each."""
     codes = unpack(codes_RB, bits, in_features).reshape(len(lows), -1)
     return torch.addcmul(lows[:, None], codes.to(lows.dtype), steps[:, None]).view(len(codes_RB), in_features)
 
