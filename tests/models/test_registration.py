@@ -105,7 +105,7 @@ VALUES = "model.layers.2.mlp.experts.deltas.up_proj.values_EN"
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: edit(f, lambda t: t.pop(VALUES)), f"lacks 1 tensors of the MoE layers, among them {VALUES}"),
+        (lambda f: edit(f, lambda t: t.pop(VALUES)), f"lacks 1 tensors, among them {VALUES}"),
         (lambda f: edit(f, lambda t: t.pop(VALUES.replace("values", "seeds").replace("EN", "E"))), "lacks 1 tensors"),
         (
             lambda f: edit(f, lambda t: t.update({VALUES + "x": t[VALUES].clone()})),

@@ -24,6 +24,31 @@ def test_top_2_is_renormalised_and_top_1_is_not(x_TD: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("renormalize", [None, True, False])
+def test_renormalisation_can_be_chosen(top_k: int, renormalize: bool | None, x_TD: torch.Tensor) -> None:
+    gate = router(top_k, renormalize=renormalize)
+    best = torch.softmax(x_TD @ gate.weight.T, -1).topk(top_k)
+    sums_to_one = top_k == 2 if renormalize is None else renormalize
+    expected = best.values / best.values.sum(-1, keepdim=True) if sums_to_one else best.values
+    routing = gate(x_TD)
+    torch.testing.assert_close(routing.top_k_weights_TK, expected)
+    assert torch.equal(routing.top_k_index_TK, best.indices)
+    assert gate.preserves_function == sums_to_one
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_a_choice_over_capacity_has_weight_zero_however_renormalised(top_k: int, x_TD: torch.Tensor) -> None:
+    gates = {r: router(top_k, renormalize=r, capacity_factor=0.5) for r in (True, False)}
+    weights = {r: gate(x_TD).top_k_weights_TK for r, gate in gates.items()}
+    assert torch.equal(weights[True] == 0, weights[False] == 0)
+    assert (weights[True] == 0).any()
+    served = (weights[True] > 0).any(-1)
+    torch.testing.assert_close(weights[True].sum(-1), served.double())
+    assert not gates[True].preserves_function
+    assert gates[True].eval().preserves_function
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
 def test_the_task_reaches_the_router(top_k: int, x_TD: torch.Tensor) -> None:
     gate = router(top_k)
     (gate(x_TD).top_k_weights_TK * torch.randn(64, top_k, dtype=torch.float64)).sum().backward()

@@ -4,12 +4,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ders.deltas import Delta
 from ders.moe import moe_layers
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Parameter counts of a model.
+    """Parameter counts of a model; weights stored as k-bit codes count k/16 each, as in the paper's tables.
 
     Attributes:
         total_params: everything.
@@ -30,7 +31,10 @@ class Counts:
 
 
 def _size(module: nn.Module | None) -> int:
-    return 0 if module is None else sum(p.numel() for p in module.parameters())
+    if module is None:
+        return 0
+    coded = sum(delta.coded_params() for delta in module.modules() if isinstance(delta, Delta))
+    return coded + sum(p.numel() for p in module.parameters())
 
 
 def count_parameters(model: nn.Module) -> Counts:

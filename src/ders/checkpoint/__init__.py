@@ -2,7 +2,7 @@
 
 from ders.checkpoint.atomic import new_folder
 from ders.checkpoint.errors import ModelFolderError
-from ders.checkpoint.folder import Piece, TensorFolder, copy_other_files, read_config_json, verify, write_config
+from ders.checkpoint.folder import Piece, TensorFolder, copy_other_files, read_config_json, write_config
 from ders.checkpoint.hashing import content_sha256
 from ders.checkpoint.writer import FolderWriter, Slot
 
@@ -16,6 +16,5 @@ __all__ = [
     "copy_other_files",
     "new_folder",
     "read_config_json",
-    "verify",
     "write_config",
 ]

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -60,13 +59,16 @@ class Piece:
 class TensorFolder:
     """The tensors of a Hugging Face folder by name, each a `Piece`; nothing is read before it is asked for.
 
+    Args:
+        files: the weight files, where they are known; else the folder's index or its safetensors.
+
     Raises:
         ModelFolderError: there is no such folder, a shard is missing, truncated or unreadable, or two hold one name.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, files: Iterable[Path] | None = None) -> None:
         self.folder = Path(folder)
-        self.files = _files(self.folder)
+        self.files = _files(self.folder) if files is None else list(files)
         self._open: dict[Path, Any] = {}
         self.seals: dict[Path, str] = {}
         self.names_in: dict[Path, list[str]] = {}
@@ -103,6 +105,24 @@ class TensorFolder:
     def content_sha256(self) -> str:
         """sha256 of all tensors by content: the same for any sharding of the same weights."""
         return combine(digests(self.pieces.values()))
+
+    def verify(self) -> int:
+        """Check every sealed shard against its seal; returns how many there were.
+
+        Files that other tools wrote bear no seal: they were checked for completeness when they were opened.
+
+        Raises:
+            ModelFolderError: the bytes of a shard are not those that were written.
+        """
+        for file, expected in self.seals.items():
+            names = self.names_in[file]
+            found = seal(zip(names, digests(self.pieces[name] for name in names), strict=True))
+            if found != expected:
+                raise ModelFolderError(
+                    f"{file}: damaged: its contents have sha256 {found[:16]}…, and {expected[:16]}… was written. "
+                    "Copy or compress it again"
+                )
+        return len(self.seals)
 
 
 def read_config_json(folder: Path) -> dict[str, Any]:
@@ -148,36 +168,6 @@ def digests(pieces: Iterable[Piece]) -> Iterator[bytes]:
 def seal(named: Iterable[tuple[str, bytes]]) -> str:
     """What a shard says of itself: sha256 over its tensors' names and digests."""
     return hashlib.sha256(b"".join(name.encode() + b"\0" + digest for name, digest in sorted(named))).hexdigest()
-
-
-def verify(folder: Path) -> int:
-    """Check every sealed shard of a folder against its seal; returns how many there were.
-
-    Files that other tools wrote bear no seal and are checked for completeness only.
-
-    Raises:
-        ModelFolderError: a shard is missing, truncated, or its bytes are not those that were written.
-    """
-    tensors = TensorFolder(folder)
-    for file, expected in tensors.seals.items():
-        names = tensors.names_in[file]
-        found = seal(zip(names, digests(tensors.pieces[name] for name in names), strict=True))
-        if found != expected:
-            raise ModelFolderError(
-                f"{file}: damaged: its contents have sha256 {found[:16]}…, and {expected[:16]}… was written. "
-                "Copy or compress it again"
-            )
-    return len(tensors.seals)
-
-
-def remove_from_cache(file: Path) -> None:
-    """Ask the system to forget a file's pages, so that the next read is from the disk."""
-    handle = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(handle)
 
 
 def copy_other_files(source: Path, target: Path) -> None:

@@ -7,6 +7,7 @@ bytes of all tensors without a gap.
 import json
 import os
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -69,6 +70,8 @@ class FolderWriter:
         shards = _split(slots, shard_bytes)
         self.total_bytes = sum(shard.num_bytes for shard in shards)
         _require_space(folder, self.total_bytes)
+        self._pool = ThreadPoolExecutor(1)
+        self._last: Future[None] | None = None
         self._places: dict[str, _Place] = {}
         self._files: list[tuple[BinaryIO, int, list[str]]] = []
         for number, shard in enumerate(shards, 1):
@@ -86,7 +89,7 @@ class FolderWriter:
             offset = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        file = path.open("w+b")
+        file = path.open("w+b", buffering=0)
         file.write(len(text).to_bytes(8, "little") + text)
         for slot in ordered:
             start = 8 + len(text) + header[slot.name]["data_offsets"][0]
@@ -94,15 +97,21 @@ class FolderWriter:
         self._files.append((file, 8 + text.index(b"0" * 64), [slot.name for slot in ordered]))
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """The next part of a tensor, or all of it."""
+        """The next part of a tensor, or all of it; it must not be changed until the next call has returned."""
         place = self._places[name]
+        self._wait()
         data = tensor_bytes(tensor.to("cpu"))
         if tensor.dtype != place.slot.dtype or place.written + len(data) > place.slot.num_bytes:
             raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} does not fit the declared {place.slot}")
-        place.file.seek(place.offset + place.written)
-        place.file.write(data)
-        place.hasher.update(data)
+        start = place.offset + place.written
         place.written += len(data)
+        # Hashing and writing need no interpreter: they run while the next tensor is made.
+        self._last = self._pool.submit(_put, place, start, data)
+
+    def _wait(self) -> None:
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
 
     def close(self) -> str:
         """Seal every shard and write the index; returns the sha256 of the contents.
@@ -110,6 +119,7 @@ class FolderWriter:
         Raises:
             ValueError: a declared tensor was not written whole.
         """
+        self._wait()
         incomplete = [name for name, place in self._places.items() if place.written != place.slot.num_bytes]
         if incomplete:
             raise ValueError(f"{len(incomplete)} tensors were declared and not written, among them {incomplete[0]}")
@@ -126,6 +136,7 @@ class FolderWriter:
 
     def abandon(self) -> None:
         """Close the files as they are; whoever made the folder removes it."""
+        self._pool.shutdown()
         for file, _, _ in self._files:
             file.close()
 
@@ -134,6 +145,14 @@ class FolderWriter:
 
     def __exit__(self, *_: object) -> None:
         self.abandon()
+
+
+def _put(place: _Place, start: int, data: memoryview) -> None:
+    place.file.seek(start)
+    rest = data
+    while rest:  # one call writes 2 GB at most
+        rest = rest[place.file.write(rest) :]
+    place.hasher.update(data)
 
 
 def _split(slots: Iterable[Slot], shard_bytes: int) -> list[_Shard]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import hydra
 import transformers
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -47,6 +49,13 @@ def launch(task: Callable[[DictConfig], Any], config_name: str) -> None:
         if os.environ.get("DERS_TRACEBACK"):
             raise
         sys.exit(f"error: {error}\n(DERS_TRACEBACK=1 shows where; a run also keeps it in error.txt)")
+
+
+def composed(config_name: str, overrides: list[str]) -> DictConfig:
+    """A configuration as the command line would compose it; not for use inside a sweep, which it would end."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose(config_name, overrides=overrides)
 
 
 def to_plain(config: Any) -> Any:

@@ -1,5 +1,6 @@
 """From a configuration to objects, with every check that needs no data and no weights made first."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,7 @@ def check(config: DictConfig) -> None:
         )
     if config.scale != "tiny":
         raise UserError(f"scale={config.scale}: the configured model has one size, tiny")
+    _check_compression(config, model)
     upcycle_by_config(model, config)
     set_trainable(model, config.trainable)
     for name, node in config.stage.items():
@@ -103,10 +105,33 @@ def check(config: DictConfig) -> None:
     _check_devices(config)
 
 
+def _check_compression(config: DictConfig, dense: torch.nn.Module) -> None:
+    compression = config.get("compression")
+    if not compression:
+        return
+    if config.method.name != "vanilla":
+        raise UserError(
+            f"compression={compression.name} takes the full experts of method=vanilla: got method={config.method.name}"
+        )
+    if config.ckpt_path is not None:
+        raise UserError("ckpt_path continues a training: continue the vanilla run first, without compression=…")
+    if config.extended and not config.upcycling.universal:
+        raise UserError("extended=true needs a universal FFN: set upcycling.universal=true")
+    if config.base not in ("parent", "mean"):
+        read_config(Path(config.base))
+    # The deltas are built on the meta device: every dial out of range is told now, not after the training.
+    upcycle(copy.deepcopy(dense), delta=instantiate(compression)["delta"], **instantiate(config.upcycling))
+
+
 _WHOLE, _NUMBER = "a whole number", "a number"
-_TYPES = {"num_experts": _WHOLE, "top_k": _WHOLE, "rank": _WHOLE, "seed": _WHOLE, "parent_seed": _WHOLE} | {
-    "sparsity": _NUMBER
-}
+_TYPES = {
+    "num_experts": _WHOLE,
+    "top_k": _WHOLE,
+    "rank": _WHOLE,
+    "bits": _WHOLE,
+    "seed": _WHOLE,
+    "parent_seed": _WHOLE,
+} | {"sparsity": _NUMBER}
 
 
 def _check_types(config: DictConfig) -> None:

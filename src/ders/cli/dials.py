@@ -5,24 +5,27 @@ from pathlib import Path
 
 import yaml
 
-_GROUPS = ("method", "upcycling")
+_OWNERS = ("method", "compression")
+_NOT_DIALS = (*_OWNERS, "upcycling", "defaults")
 
 
 def dials_by_owner(conf: Path) -> dict[str, list[str]]:
-    """Root-level dials of every method, `{method: [dial, …]}`, those it inherits included."""
-    owned: dict[str, list[str]] = {}
-    for file in sorted((conf / "method").glob("*.yaml")):
-        owned[file.stem] = sorted(_dials(file, conf))
-    return owned
+    """Root-level dials by the choice that brings them, those it inherits included: `{"method=ders_lm": ["rank"]}`."""
+    return {
+        f"{group}={file.stem}": sorted(dials_of(file, conf))
+        for group in _OWNERS
+        for file in sorted((conf / group).glob("*.yaml"))
+    }
 
 
-def _dials(file: Path, conf: Path) -> set[str]:
+def dials_of(file: Path, conf: Path) -> set[str]:
+    """Root-level dials that a configuration file brings."""
     content = yaml.safe_load(file.read_text()) or {}
-    found = {key for key in content if key not in (*_GROUPS, "defaults")}
+    found = {key for key in content if key not in _NOT_DIALS}
     for entry in content.get("defaults", []):
         if isinstance(entry, dict):
             for group, name in entry.items():
-                found |= _dials(conf / group.lstrip("/") / f"{name}.yaml", conf)
+                found |= dials_of(conf / group.lstrip("/") / f"{name}.yaml", conf)
     return found
 
 
@@ -33,9 +36,9 @@ def explain_unknown_key(error: Exception, conf: Path, arguments: list[str]) -> s
         return None
     dial = match[1]
     owners = dials_by_owner(conf)
-    chosen = next((a.split("=", 1)[1] for a in arguments if a.startswith("method=")), None)
-    having = [method for method, dials in owners.items() if dial in dials]
+    having = [owner for owner, dials in owners.items() if dial in dials]
     if not having:
-        return f"there is no dial {dial!r}. `python train.py --cfg job` prints all there are"
-    uses = f"; method={chosen} has {', '.join(owners[chosen]) or 'none of its own'}" if chosen in owners else ""
-    return f"{dial} is a dial of method={' or '.join(having)}{uses}. Drop {dial}=… or choose another method"
+        return f"there is no dial {dial!r}. The same command with --cfg job prints all there are"
+    chosen = [argument for argument in arguments if argument in owners]
+    uses = "".join(f"; {owner} has {', '.join(owners[owner]) or 'none of its own'}" for owner in chosen)
+    return f"{dial} is a dial of {' or '.join(having)}{uses}. Drop {dial}=… or choose another"

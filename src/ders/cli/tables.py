@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-from ders.cli.app import ROOT, UserError, launch, to_plain
+from ders.cli.app import ROOT, UserError, composed, launch, to_plain
 from ders.cli.sweeper import expand
 from ders.reporting.figures import draw_claim
 from ders.reporting.identity import run_folder
@@ -69,12 +67,10 @@ def read_claim(name: str) -> dict[str, Any]:
 
 def _run_folders(claim: dict[str, Any], output_dir: str) -> dict[str, Path]:
     """The run folder of each of a claim's runs, by its overrides."""
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return {
-            " ".join(job): run_folder(to_plain(compose("train", overrides=[*job, f"output_dir={output_dir}"])), ROOT)
-            for job in expand(claim["runs"])
-        }
+    return {
+        " ".join(job): run_folder(to_plain(composed("train", [*job, f"output_dir={output_dir}"])), ROOT)
+        for job in expand(claim["runs"])
+    }
 
 
 def _collect(name: str, runs: dict[str, Path], folder: Path) -> None:

@@ -1,13 +1,15 @@
 """`python train.py`: one run, from a dense parent to a record."""
 
 import contextlib
-import json
+import functools
 import logging
 import os
+import re
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,10 @@ from omegaconf import DictConfig
 from ders.accounting import count_parameters
 from ders.cli.app import ROOT, UserError, launch, to_plain
 from ders.cli.build import check, instantiate, trainer_factory, upcycle_by_config
+from ders.cli.compressed import compress_and_score, is_first_process, score_folder, waiting_for, without_compression
 from ders.cli.parents import parent_folder, parent_scores
 from ders.data import DataSource, PreparedData
 from ders.data.conversation import Template
-from ders.evaluation.scoring import score
 from ders.models.bundle import load_bundle, save_bundle, stored_bytes, weights_sha256
 from ders.reporting import RecordError, finish_record, read_record, start_record, write_record
 from ders.reporting.figures import draw_run
@@ -48,24 +50,60 @@ def run(config: DictConfig) -> float | None:
         print(folder / "record.json", flush=True)
         return None
     check(config)
-    checkpoint = _checkpoint(config, plain, folder)
-    if not _is_first_process():
-        _train_and_score(config, plain, folder, checkpoint, {})
+    work = _compression_of(config, plain, folder) if config.get("compression") else _training_of(config, plain, folder)
+    if not is_first_process():
         return None
     with _alone_in(folder), _own_processes():
-        return _record(config, plain, folder, checkpoint)
+        return _record(plain, folder, work)
 
 
-def _record(config: DictConfig, plain: dict[str, Any], folder: Path, checkpoint: Path | None) -> float | None:
-    """Runs the job and writes its record, whatever happens."""
-    record = start_record(ROOT, plain, _command())
+@dataclass(frozen=True)
+class Work:
+    """What a job does once its folder is ready.
+
+    Attributes:
+        do: fills the results as they come; returns why it stopped before its end, or None.
+        resume: go on in the folder as it is, instead of from the beginning.
+    """
+
+    do: Callable[[dict[str, Any]], str | None]
+    resume: bool = False
+
+
+def _training_of(config: DictConfig, plain: dict[str, Any], folder: Path) -> Work:
+    checkpoint = _checkpoint(config, plain, folder)
+
+    def train(results: dict[str, Any]) -> str | None:
+        step, steps = _train_and_score(config, plain, folder, checkpoint, results)
+        return None if step == steps else f"stopped at step {step} of {steps}; continue with ckpt_path=last"
+
+    if not is_first_process():
+        train({})
+    return Work(train, resume=checkpoint is not None)
+
+
+def _compression_of(config: DictConfig, plain: dict[str, Any], folder: Path) -> Work:
+    """The vanilla run of this configuration is trained first, once for all its compressions."""
+    vanilla = without_compression(config)
+    trained = run_folder(to_plain(vanilla), ROOT)
+    with waiting_for(trained):
+        if not _finished(trained):
+            log.info("no finished vanilla run of this configuration yet: training it")
+            run(vanilla)
+    if is_first_process() and not _finished(trained):
+        raise UserError(f"{trained} is not finished: continue it with ckpt_path=last and the same dials, then compress")
+    return Work(functools.partial(compress_and_score, config, trained, folder))
+
+
+def _record(plain: dict[str, Any], folder: Path, work: Work) -> float | None:
+    """Does the work and writes its record, whatever happens."""
+    record = start_record(ROOT, plain, _command(plain))
     if record["dirty"]:
         log.warning("there are uncommitted changes: the record of this run says so, and results/ will not take it")
-    _prepare_folder(folder, plain, resume=checkpoint is not None)
+    _prepare_folder(folder, plain, resume=work.resume)
     results: dict[str, Any] = {}
     try:
-        step, steps = _train_and_score(config, plain, folder, checkpoint, results)
-        stopped = None if step == steps else f"stopped at step {step} of {steps}; continue with ckpt_path=last"
+        stopped = work.do(results)
         ended = finish_record(record, "interrupted" if stopped else "finished", stopped, **results)
         path = write_record(ended, folder / "record.json")
     except BaseException as error:
@@ -120,7 +158,8 @@ def _train_and_score(
         bundle.model.cpu()
         save_bundle(bundle, folder / "model", _provenance(prepared, parent))
         results["stored_bytes"] = stored_bytes(folder / "model")
-        results["metrics"] = _scores(folder, source, prepared, trainer) | parent_scores(parent)
+        device = trainer.strategy.root_device
+        results["metrics"] = score_folder(folder, source, prepared, device) | parent_scores(parent)
         draw_run(folder)
         results["peak_gib"] = peak_gib()
         results["wall_seconds"] = round(time.perf_counter() - started, 2)
@@ -140,28 +179,17 @@ def _provenance(prepared: PreparedData, parent: Path) -> dict[str, Any]:
     }
 
 
-def _command() -> list[str]:
-    """What repeats this very job, also one of a sweep."""
+def _command(plain: dict[str, Any]) -> list[str]:
+    """What repeats this very job, also one of a sweep, or the vanilla run behind a compression."""
     overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else sys.argv[1:]
-    return ["python", "train.py", *overrides]
-
-
-def _scores(folder: Path, source: DataSource, prepared: PreparedData, trainer: Any) -> dict[str, Any]:
-    """Scores of the folder that was written, not of the model in memory: what is counted is what users load."""
-    if "test" not in prepared.files:
-        return {}
-    exported = load_bundle(folder / "model")
-    exported.model.to(trainer.strategy.root_device)
-    scored = score(exported, source, prepared, "test", "test")
-    with (folder / "predictions.jsonl").open("w") as file:
-        file.writelines(json.dumps(item) + "\n" for item in scored.predictions)
-    return scored.metrics
+    known = (*plain, "compression") if "compression" in plain else plain
+    return ["python", "train.py", *(o for o in overrides if re.split(r"[.@=]", o.lstrip("+~"))[0] in known)]
 
 
 @contextlib.contextmanager
 def _loggers(config: DictConfig, plain: dict[str, Any], folder: Path) -> Iterator[list[Any]]:
     """The loggers beside the CSV file, closed at the end: the next job of a sweep must not write into them."""
-    if not config.logger or not _is_first_process():
+    if not config.logger or not is_first_process():
         yield []
         return
     logger = instantiate(config.logger)(save_dir=folder, name=folder.name)
@@ -229,10 +257,6 @@ def _alone_in(folder: Path) -> Iterator[None]:
 def _finished(folder: Path) -> bool:
     file = folder / "record.json"
     return file.exists() and read_record(file)["status"] == "finished"
-
-
-def _is_first_process() -> bool:
-    return int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
 
 
 @contextlib.contextmanager

@@ -136,33 +136,30 @@ def section_of(model: nn.Module) -> dict[str, Any]:
     return plain
 
 
-def fit(
-    delta: Delta, stack: Iterable[Tensor], base_OI: Tensor, where: str, base: object, buffer: Tensor | None = None
-) -> float:
+def fit(delta: Delta, experts: Iterable[Tensor], base_OI: Tensor, where: str, base: object) -> float:
     """Fit a delta to experts (O, I) over a base, expert by expert; returns ‖W_0 − W_base‖ / ‖W_base‖.
 
     Raises:
         ValueError: shapes differ, or the base has nothing to do with the experts.
     """
-    wide = torch.promote_types(base_OI.dtype, torch.float32)
-    if buffer is None or buffer.shape != base_OI.shape or buffer.dtype != wide:
-        buffer = torch.empty(base_OI.shape, dtype=wide, device=base_OI.device)
+    wide_OI = base_OI.to(torch.promote_types(base_OI.dtype, torch.float32))
+    difference_OI = torch.empty_like(wide_OI)
     relative = 0.0
-    for expert, weight_OI in enumerate(stack):
+    for expert, weight_OI in enumerate(experts):
         if weight_OI.shape != base_OI.shape:
             raise ValueError(
                 f"{where}: the base has a {tuple(base_OI.shape)} matrix and the experts {tuple(weight_OI.shape)}: it "
                 "is not the dense model they came from"
             )
-        # Block by block, so that the widened copy of the base stays in the cache.
+        # Block by block, so that what was widened is still in the cache when it is subtracted from.
         step = max(1, (1 << 17) // base_OI.shape[1])
         for start in range(0, len(base_OI), step):
             rows = slice(start, start + step)
-            buffer[rows].copy_(weight_OI[rows]).sub_(base_OI[rows])
+            difference_OI[rows].copy_(weight_OI[rows]).sub_(wide_OI[rows])
         if expert == 0:
-            relative = float(buffer.norm() / base_OI.to(wide).norm())
+            relative = float(difference_OI.norm() / wide_OI.norm())
             _refuse_unrelated(relative, where, base)
-        delta.fit_expert_(expert, buffer)
+        delta.fit_expert_(expert, difference_OI)
     return relative
 
 

@@ -158,7 +158,7 @@ def _write(
     expert_bytes = sum(piece.num_bytes for *_, stack in stacks for piece in stack)
     total, done = sum(piece.num_bytes for piece in source.rest.values()) + expert_bytes, 0
     base_bytes = delta_bytes = 0
-    largest, buffer = 0.0, None
+    largest = 0.0
     for name, piece in source.rest.items():
         writer.write(name, piece.read())
         progress(done := done + piece.num_bytes, total)
@@ -166,8 +166,6 @@ def _write(
         base_OI = bases[index][name].read()
         make = delta_maker(upcycling, index, source.dtype)
         compressed = make(name, len(stack), *base_OI.shape)
-        if buffer is None or buffer.shape != base_OI.shape:
-            buffer = torch.empty(base_OI.shape, dtype=torch.promote_types(base_OI.dtype, torch.float32))
         where = f"{source.folder}: {layer.prefix}.{name}"
 
         def weights(stack: list[Piece] = stack) -> Iterator[Tensor]:
@@ -176,7 +174,7 @@ def _write(
                 yield piece.read()
                 progress(done := done + piece.num_bytes, total)
 
-        largest = max(largest, fit(compressed, weights(), base_OI, where, base, buffer))
+        largest = max(largest, fit(compressed, weights(), base_OI, where, base))
         writer.write(f"{layer.prefix}.{name}.weight", base_OI)
         base_bytes += base_OI.nbytes
         for key, tensor in compressed.state_dict().items():

@@ -56,6 +56,10 @@ class Delta(nn.Module):
         """Bits in a file, indices and scales included: those of the persistent tensors unless a form packs better."""
         return sum(tensor.numel() * tensor.element_size() * 8 for tensor in self.state_dict().values())
 
+    def coded_params(self) -> int:
+        """What is stored as codes instead of parameters, in parameters of 16 bits: the paper's rule for k-bit weights."""
+        return 0
+
     def restore_(self) -> None:
         """Derive again what no file holds (indices from a seed, say). Called after weights were loaded."""
 

@@ -102,6 +102,9 @@ class QuantizedDelta(Delta):
         if not self.is_centred:
             self.lows_EG[expert] = lows_G
 
+    def coded_params(self) -> int:
+        return self.num_experts * self.out_features * self.in_features * self.bits // 16
+
     def extra_repr(self) -> str:
         per = f"{self.granularity}" if self.group_size is None else f"{self.group_size} columns"
         return f"{super().extra_repr()}, {self.bits} bits, {self.scheme}, a grid per {per}"

@@ -157,6 +157,9 @@ class SparseDelta(Delta):
             self.codes_EB[expert] = codes_1B[0]
             self.grids_E2[expert] = torch.cat([low_1, step_1]).float()
 
+    def coded_params(self) -> int:
+        return self.num_experts * self.num_kept * (self.values_bits or 0) // 16
+
     def extra_repr(self) -> str:
         kept = f"{self.num_kept} kept per matrix"
         return f"{super().extra_repr()}, sparsity={self.sparsity}, {self.selection}, {kept}"

@@ -21,7 +21,9 @@ def pack(codes_N: Tensor, bits: int) -> Tensor:
     per_group, group = _group(bits)
     if bits == 8:
         return codes_N
-    codes_N = F.pad(codes_N, (0, -codes_N.shape[-1] % per_group)).contiguous()
+    if missing := -codes_N.shape[-1] % per_group:
+        codes_N = F.pad(codes_N, (0, missing))
+    codes_N = codes_N.contiguous()
     if group == 1:
         # Read the bytes that share one as one integer, then fold its halves together until the bits lie side by side.
         word = codes_N.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[per_group])

@@ -106,6 +106,8 @@ def load_bundle(folder: Path, dtype: torch.dtype | str = "auto") -> ModelBundle:
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
         processor = (AutoProcessor if has_images else AutoTokenizer).from_pretrained(folder, trust_remote_code=False)
+    except ModelFolderError:
+        raise
     except Exception as error:  # safetensors, json and torch each raise their own on a damaged file
         raise ModelFolderError(f"{folder}: cannot be loaded: {error}") from error
     bundle = ModelBundle(model, processor)

@@ -7,9 +7,9 @@ unexpected tensors; these hooks raise.
 
 import copy
 import re
+from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import nn
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -19,8 +19,8 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ders.checkpoint import ModelFolderError, TensorFolder
 from ders.deltas import Delta
-from ders.moe import moe_layers
 from ders.upcycling import Upcycling, apply
 
 
@@ -55,19 +55,25 @@ class DersQuantizer(HfQuantizer):
         apply(model, self.quantization_config.upcycling)
         # `apply` wrote a fresh section; the folder's own one also holds its provenance.
         model.config.quantization_config = self.quantization_config
-        _refuse_unexpected(model, checkpoint_files or [])
+        files = [Path(file) for file in checkpoint_files or []]
+        for file in files:
+            if file.suffix != ".safetensors":
+                raise ModelFolderError(f"{file}: a ders folder holds safetensors only")
+        if files:
+            tensors = TensorFolder(files[0].parent, files)
+            tensors.verify()
+            _refuse_unexpected(model, tensors)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         missing = [
-            f"{layer_name}.{name}"
-            for layer_name, layer in moe_layers(model).items()
-            for name, tensor in layer.state_dict(keep_vars=True).items()
-            if not getattr(tensor, "_is_hf_initialized", False)
+            name
+            for name, tensor in model.state_dict(keep_vars=True).items()
+            if not getattr(tensor, "_is_hf_initialized", False) and _must_be_in_files(model, name)
         ]
         if missing:
-            raise ValueError(
-                f"the folder lacks {len(missing)} tensors of the MoE layers, among them {', '.join(missing[:3])}: "
-                "it is incomplete, or not the model its config.json describes"
+            raise ModelFolderError(
+                f"{model.name_or_path}: lacks {len(missing)} tensors, among them {', '.join(missing[:3])}: the "
+                "folder is incomplete, or not the model its config.json describes"
             )
         for module in model.modules():
             if isinstance(module, Delta):
@@ -95,21 +101,39 @@ class DersQuantizer(HfQuantizer):
         return True
 
 
-def _refuse_unexpected(model: nn.Module, files: list[str]) -> None:
-    # Names in files may bear another prefix than in memory (LLaVA's do): compare from the layer list on.
-    layers = moe_layers(model)
-    expected = {".".join([*name.split(".")[-3:], key]) for name, layer in layers.items() for key in layer.state_dict()}
-    ours = re.compile(r"(\w+\.\d+\.\w+\.(?:experts|router|universal)\..+)$")
-    for file in files:
-        if not str(file).endswith(".safetensors"):
-            raise ValueError(f"{file}: a ders folder holds safetensors only")
-        with safe_open(file, framework="pt") as tensors:
-            unexpected = [key for key in tensors.keys() if (m := ours.search(key)) and m[1] not in expected]  # noqa: SIM118
+def _whole(model: nn.Module) -> bool:
+    """Whether this is the class the files were written from: then they hold its tensors and no others.
+
+    A headless model, or one with another head, takes what it finds for its head.
+    """
+    return type(model).__name__ in (model.config.architectures or [])
+
+
+def _must_be_in_files(model: nn.Module, name: str) -> bool:
+    return _whole(model) or re.search(r"\.\d+\.", name) is not None
+
+
+def _refuse_unexpected(model: nn.Module, tensors: TensorFolder) -> None:
+    expected = {_tail(name) for name in model.state_dict()}
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
+    for file, names in tensors.names_in.items():
+        unexpected = [
+            name
+            for name in names
+            if _tail(name) not in expected
+            and _must_be_in_files(model, name)
+            and not any(re.search(pattern, name) for pattern in ignored)
+        ]
         if unexpected:
-            raise ValueError(
+            raise ModelFolderError(
                 f"{file}: holds {len(unexpected)} tensors that its config.json does not describe, among them "
-                f"{', '.join(sorted(unexpected)[:3])}"
+                f"{', '.join(unexpected[:3])}"
             )
+
+
+def _tail(name: str) -> str:
+    # A tensor bears another prefix in files than in memory where models are nested: compare without.
+    return ".".join(part for part in name.split(".") if part not in ("model", "language_model", "vision_model"))
 
 
 def register() -> None:

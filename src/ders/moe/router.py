@@ -91,6 +91,8 @@ class TopKRouter(Router):
     (a renormalised top-1 gate is constant and would leave the router without a gradient from the task).
 
     Args:
+        renormalize: whether the chosen probabilities are renormalised, where that is not as above: Mixtral does it with
+            k = 1 too, Qwen2-MoE may leave it with any k.
         second_choice_noise: the second choice is the argmax of logits + Gumbel noise with the first choice left out,
             in training and in evaluation, as DeepSpeed's top-2 gate does; weights stay noise-free. Only with top_k=2.
         capacity_factor: in training an expert takes at most ceil(K·T/E · factor) choices, first choices before second
@@ -105,6 +107,7 @@ class TopKRouter(Router):
         num_experts: int,
         top_k: int,
         *,
+        renormalize: bool | None = None,
         second_choice_noise: bool = False,
         capacity_factor: float | None = None,
         eval_capacity_factor: float | None = None,
@@ -117,6 +120,7 @@ class TopKRouter(Router):
         for name, factor in [("capacity_factor", capacity_factor), ("eval_capacity_factor", eval_capacity_factor)]:
             if factor is not None and factor <= 0:
                 raise ValueError(f"{name} must be positive, or null for no limit: got {factor}")
+        self.renormalize = top_k > 1 if renormalize is None else renormalize
         self.second_choice_noise = second_choice_noise
         self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
         self.min_capacity = min_capacity
@@ -138,7 +142,7 @@ class TopKRouter(Router):
     @property
     def preserves_function(self) -> bool:
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
-        return self.top_k > 1 and factor is None
+        return self.renormalize and factor is None
 
     def forward(self, x_TD: Tensor) -> Routing:
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
@@ -150,7 +154,7 @@ class TopKRouter(Router):
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
         if factor is not None:
             weights_TK = weights_TK * self._within_capacity(index_TK, factor)
-        if self.top_k > 1:
+        if self.renormalize:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp(min=torch.finfo(dtype).eps)
         return Routing(probs_TE, index_TK, weights_TK)
 

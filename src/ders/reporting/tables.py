@@ -15,7 +15,7 @@ class Row:
     """One configuration of a claim, over its seeds.
 
     Attributes:
-        method, dials: what the row is; dials are root-level keys in which the claim's rows differ.
+        method, dials: what the row is, a compression by its own name; dials are root-level keys in which the claim's rows differ.
         records: one per seed.
     """
 
@@ -58,18 +58,24 @@ def rows_of(records: list[Record]) -> list[Row]:
     }
     return [
         Row(
-            group[0]["method"],
-            {key: value for key, value in dial.items() if (group[0]["method"], key) in varying},
+            name_of(group[0]),
+            {key: value for key, value in dial.items() if (name_of(group[0]), key) in varying},
             tuple(sorted(group, key=lambda record: record["seed"])),
         )
         for group, dial in zip(groups.values(), dials, strict=True)
     ]
 
 
+def name_of(record: Record) -> str:
+    """The compression's name where there is one, else the method's."""
+    name: str = (record["config"].get("compression") or {}).get("name") or record["method"]
+    return name
+
+
 def _by_method(groups: dict[str, list[Record]], dials: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for group, dial in zip(groups.values(), dials, strict=True):
-        found[group[0]["method"]].append(dial)
+        found[name_of(group[0])].append(dial)
     return found
 
 
