@@ -5,10 +5,14 @@ folders of upcycled models.
 """
 
 from ders.accounting import count_parameters
+from ders.compression import compress, compress_folder
 from ders.deltas import Delta, LowRankDelta, QuantizedDelta, SparseDelta, ZeroDelta
+from ders.models.adapters import load_adapter, save_adapter
+from ders.models.exporting import export
 from ders.models.registration import register
 from ders.moe import Router, TopKRouter
 from ders.upcycling import certify, set_trainable, upcycle
+from ders.upcycling.adapters import adapters, remove_adapter, set_adapter
 
 __version__ = "0.1.0"
 
@@ -22,8 +26,16 @@ __all__ = [
     "SparseDelta",
     "TopKRouter",
     "ZeroDelta",
+    "adapters",
     "certify",
+    "compress",
+    "compress_folder",
     "count_parameters",
+    "export",
+    "load_adapter",
+    "remove_adapter",
+    "save_adapter",
+    "set_adapter",
     "set_trainable",
     "upcycle",
 ]

@@ -14,11 +14,11 @@ class RunsSweeper(Sweeper):
 
     Args:
         runs: lines of overrides.
-        title, dial: what the claim's table and figure are called and drawn over; read by `scripts/tables.py`.
+        about: how the claim's table and figure are called and drawn; read by `scripts/tables.py`.
     """
 
-    def __init__(self, runs: Sequence[str], title: str = "", dial: str | None = None) -> None:
-        self.runs, self.title, self.dial = runs, title, dial
+    def __init__(self, runs: Sequence[str], **about: Any) -> None:
+        self.runs, self.about = runs, about
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.launcher = Plugins.instance().instantiate_launcher(

@@ -40,7 +40,7 @@ def choices(group: str) -> list[str]:
 def test_no_yaml_is_forgotten() -> None:
     groups = {file.parent.relative_to(CONF).as_posix() for file in CONF.rglob("*.yaml")}
     assert groups == {
-        ".", "method", "model", "data", "stage", "trainer", "logger", "optimizer", "schedule", "upcycling",
+        ".", "method", "compression", "model", "data", "stage", "trainer", "logger", "optimizer", "schedule", "upcycling",
         "hydra/sweeper",
     }  # fmt: skip
 
@@ -124,10 +124,16 @@ def test_the_command_of_a_file_works(file: Path) -> None:
 
 def test_a_method_owns_its_dials() -> None:
     assert dials_by_owner(CONF) == {
-        "dense": [],
-        "vanilla": ["num_experts", "top_k"],
-        "ders_sm": ["num_experts", "sparsity", "top_k"],
-        "ders_lm": ["num_experts", "rank", "top_k"],
+        "method=dense": [],
+        "method=vanilla": ["num_experts", "top_k"],
+        "method=ders_sm": ["num_experts", "sparsity", "top_k"],
+        "method=ders_lm": ["num_experts", "rank", "top_k"],
+        "compression=base_only": ["base", "extended"],
+        "compression=quantize": [
+            "base", "bits", "extended", "granularity", "group_size", "scheme", "symmetric",
+        ],
+        "compression=sparsify": ["base", "extended", "rescale", "selection", "sparsity", "values_bits"],
+        "compression=svd": ["base", "extended", "rank"],
     }
 
 

@@ -3,7 +3,7 @@ import time
 import pytest
 import torch
 
-from ders.kernels import sample_positions, stable_hash
+from ders.kernels import largest_positions, sample_positions, stable_hash
 
 
 def test_stable_hash_is_pinned() -> None:
@@ -74,3 +74,32 @@ def test_cost_follows_the_count_not_the_matrix() -> None:
 def test_too_many_positions() -> None:
     with pytest.raises(ValueError, match="cannot draw 7 distinct positions from a 2×3 matrix"):
         sample_positions(7, 2, 3, seed=0)
+
+
+def test_matrices_that_indices_cannot_name() -> None:
+    with pytest.raises(ValueError, match="more entries than 32-bit indices can name"):
+        sample_positions(7, 50_000, 50_000, seed=0)
+
+
+def test_seeds_are_independent() -> None:
+    """Two supports of a tenth share a hundredth, whatever their seeds: neighbours or not."""
+    size, count = 128 * 512, 6554
+    first = torch.zeros(size, dtype=torch.bool)
+    first[sample_positions(count, 128, 512, seed=0)] = True
+    expected = count * count / size
+    for seed in (1, 2, 3, 2**40):
+        shared = int(first[sample_positions(count, 128, 512, seed=seed)].sum())
+        assert abs(shared - expected) < 5 * expected**0.5
+
+
+@pytest.mark.parametrize("count", [1, 10, 63, 64])
+def test_largest_positions_are_those_of_a_sort(count: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 8)
+    x[2, :] = x[3, :]  # ties
+    expected = x.flatten().abs().argsort(descending=True, stable=True)[:count].sort().values
+    assert torch.equal(largest_positions(x, count), expected)
+
+
+def test_largest_positions_of_zeros() -> None:
+    assert largest_positions(torch.zeros(3, 4), 5).tolist() == [0, 1, 2, 3, 4]

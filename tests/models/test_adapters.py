@@ -1,4 +1,4 @@
-"""Adapters: small folders over a dense parent, refused over any other, switched in memory."""
+"""Adapters: small folders over a dense parent, and refused over any other."""
 
 import copy
 import functools
@@ -9,58 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from adapter_cases import DELTAS, logits, tokens, trained
+from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoModelForCausalLM, StableLmConfig
 
 import ders
-from ders.checkpoint import FolderWriter, ModelFolderError, Slot, TensorFolder
-from ders.compression import compress
+from ders.checkpoint import ModelFolderError, TensorFolder
 from ders.models.adapters import load_adapter, save_adapter
 from ders.models.bundle import ModelBundle
 from ders.moe import moe_layers
-from ders.upcycling.adapters import adapters, remove_adapter, set_adapter
+from ders.upcycling.adapters import adapters, set_adapter
 
-DELTAS: dict[str, Any] = {
-    "ders_sm": functools.partial(ders.SparseDelta, sparsity=0.9),
-    "ders_lm": functools.partial(ders.LowRankDelta, rank=2),
-    "quantize": functools.partial(ders.QuantizedDelta, bits=2),
-}
-IDS = torch.tensor([[1, 5, 9, 30, 2, 17]])
 FIRST = "layers.0.mlp"
-
-
-def logits(model: nn.Module, **inputs: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(**(inputs or {"input_ids": IDS})).logits
-
-
-def tokens(model: Any) -> Tensor:
-    return model.generate(IDS, max_new_tokens=6, do_sample=False)
-
-
-def trained(dense: Any, method: str = "ders_sm", trainable: str = "adapter", seed: int = 0, **options: Any) -> Any:
-    """A copy of a dense model, upcycled (and compressed), then trained for two steps."""
-    model = copy.deepcopy(dense)
-    torch.manual_seed(seed)
-    if method == "quantize":
-        ders.upcycle(model, seed=seed, **options)
-        for layer in moe_layers(model).values():
-            for weight in layer.experts.weights_EOI.values():
-                weight.data += 0.002 * torch.randn_like(weight)
-        compress(model, dense, delta=DELTAS[method])
-    else:
-        ders.upcycle(model, delta=DELTAS[method], seed=seed, **options)
-    ders.set_trainable(model, trainable)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
-    for _ in range(2):
-        ids = torch.randint(5, 20, (2, 8))
-        text = model.model.language_model if hasattr(model.model, "vision_tower") else model.model
-        head = model.lm_head(text(input_ids=ids).last_hidden_state)
-        nn.functional.cross_entropy(head.flatten(0, 1), ids.flatten()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model.eval()
 
 
 @pytest.mark.parametrize("method", DELTAS)
@@ -197,8 +158,8 @@ def test_another_parent_is_refused(dense_model: Callable[..., Any], tmp_path: Pa
 
 
 def test_types_of_the_parent(dense_model: Callable[..., Any], tmp_path: Path) -> None:
-    dense = dense_model().bfloat16()
-    dense.save_pretrained(tmp_path / "dense")
+    dense_model().bfloat16().save_pretrained(tmp_path / "dense")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
     model = trained(dense)
     save_adapter(model, tmp_path / "a", parent=dense)
     wide = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32).eval()
@@ -217,171 +178,6 @@ def test_types_of_the_parent(dense_model: Callable[..., Any], tmp_path: Path) ->
         load_adapter(dense.bfloat16(), tmp_path / "wide")
     with pytest.raises(ValueError, match="wider type than the model: give it in the model's"):
         save_adapter(trained(dense_model().bfloat16()), tmp_path / "n", parent=dense_model())
-
-
-def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
-    """Change an adapter's tensors and seal it again."""
-    file = folder / "adapter.safetensors"
-    tensors = load_file(file)
-    change(tensors)
-    with FolderWriter(folder, [Slot(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()]) as writer:
-        for name, tensor in tensors.items():
-            writer.write(name, tensor)
-        writer.close()
-    (folder / "model.safetensors").rename(file)
-
-
-def flip(folder: Path) -> None:
-    file = folder / "adapter.safetensors"
-    data = bytearray(file.read_bytes())
-    data[-9] ^= 1
-    file.write_bytes(data)
-
-
-def edit(folder: Path, **changes: Any) -> None:
-    file = folder / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
-def edit_section(folder: Path, **changes: Any) -> None:
-    section = json.loads((folder / "adapter_config.json").read_text())["upcycling"]
-    edit(folder, upcycling=section | changes)
-
-
-VALUES = f"{FIRST}.experts.deltas.up_proj.values_EN"
-WEIGHTS = r"a/adapter\.safetensors: "
-CONFIG = r"a/adapter_config\.json: "
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (flip, WEIGHTS + "damaged"),
-        (
-            lambda f: (f / "adapter.safetensors").write_bytes((f / "adapter.safetensors").read_bytes()[:-9]),
-            WEIGHTS + "truncated",
-        ),
-        (lambda f: (f / "adapter.safetensors").unlink(), WEIGHTS),
-        (lambda f: save_file(load_file(f / "adapter.safetensors"), f / "adapter.safetensors"), WEIGHTS + "bears no"),
-        (lambda f: rewrite(f, lambda t: t.pop(VALUES)), f"{WEIGHTS}lacks {VALUES}"),
-        (lambda f: rewrite(f, lambda t: t.update({VALUES + "x": t[VALUES]})), f"{WEIGHTS}holds 1 .*{VALUES}x"),
-        (lambda f: rewrite(f, lambda t: t.update({"other": t[VALUES]})), f"{WEIGHTS}holds 1 .* other"),
-        (lambda f: rewrite(f, lambda t: t.update({VALUES: t[VALUES][1:]})), f"{WEIGHTS}{FIRST} is not what"),
-        (lambda f: edit(f, changed=[f"{FIRST}.up_proj.weight"]), f"{WEIGHTS}lacks {FIRST}.up_proj.weight"),
-        (lambda f: edit(f, changed=["elsewhere"]), f"{WEIGHTS}holds 1 .* elsewhere"),
-        (lambda f: edit(f, format_version=2), CONFIG + "format_version 2 is not known"),
-        (lambda f: edit(f, more=1), CONFIG + "damaged"),
-        (lambda f: edit(f, parent={"id": "x"}), CONFIG + "damaged"),
-        (lambda f: edit_section(f, delta={"name": "os.system"}), CONFIG + "unknown delta"),
-        (lambda f: edit_section(f, delta=None), CONFIG + "the experts of this model are full"),
-        (lambda f: edit_section(f, layers=[0, 99]), CONFIG + r"layers \[99\] are not among the 4"),
-        (lambda f: (f / "adapter_config.json").write_text("{"), CONFIG + "unreadable"),
-        (lambda f: (f / "adapter_config.json").unlink(), CONFIG + "no such file"),
-    ],
-)
-def test_damaged_adapters_are_refused(
-    damage: Callable[[Path], Any], message: str, dense_model: Callable[..., Any], tmp_path: Path
-) -> None:
-    dense = dense_model()
-    plain = logits(dense)
-    save_adapter(trained(dense), tmp_path / "a", parent=dense)
-    damage(tmp_path / "a")
-    with pytest.raises(ModelFolderError, match=message):
-        load_adapter(dense, tmp_path / "a")
-    assert adapters(dense) == []
-    assert torch.equal(logits(dense), plain)
-
-
-@pytest.fixture
-def two(dense_model: Callable[..., Any], tmp_path: Path) -> tuple[Any, dict[str | None, Any]]:
-    """A parent with two adapters over other layers, and the whole models they were saved from."""
-    dense = dense_model("phi")
-    models = {None: copy.deepcopy(dense), "sm": trained(dense), "lm": trained(dense, "ders_lm", seed=1, layers=[2, 3])}
-    for name in ("sm", "lm"):
-        save_adapter(models[name], tmp_path / name, parent=models[None])
-        load_adapter(dense, tmp_path / name, name=name)  # the second while the first is active
-    return dense, models
-
-
-def test_switching(two: tuple[Any, dict[str | None, Any]], tmp_path: Path) -> None:
-    dense, models = two
-    assert adapters(dense) == ["sm", "lm"]
-    expected = {name: (logits(model), tokens(model)) for name, model in models.items()}
-    names = set(dense.state_dict())
-    for i, name in enumerate(["sm", "lm", None, "lm", "sm", None]):
-        set_adapter(dense, name)
-        assert torch.equal(logits(dense), expected[name][0])
-        assert torch.equal(tokens(dense), expected[name][1])
-        # What is not active is in no state_dict, no optimizer and no folder.
-        names = set(models[name].state_dict())
-        assert set(dense.state_dict()) == names
-        assert len(list(dense.parameters())) == len(list(models[name].parameters()))
-        dense.save_pretrained(tmp_path / f"whole{i}")
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / f"whole{i}").eval()
-        assert torch.equal(logits(loaded), expected[name][0])
-        assert hasattr(loaded.config, "quantization_config") == (name is not None)
-    with pytest.raises(ValueError, match="no adapter 'ml' over this model; it has sm, lm"):
-        set_adapter(dense, "ml")
-    with pytest.raises(ValueError, match="has an adapter 'sm' already"):
-        load_adapter(dense, tmp_path / "sm", name="sm")
-
-
-def test_base_tensors_are_shared(two: tuple[Any, dict[str | None, Any]]) -> None:
-    dense, _ = two
-    places = set()
-    for name in ("sm", "lm", None):
-        set_adapter(dense, name)
-        places.add(tuple(dense.model.layers[2].mlp.get_submodule(p).weight.data_ptr() for p in ("fc1", "fc2")))
-    assert len(places) == 1
-    assert not hasattr(dense.config, "quantization_config")
-
-
-def test_adapters_follow_a_cast(two: tuple[Any, dict[str | None, Any]]) -> None:
-    dense, models = two
-    set_adapter(dense, "sm")
-    dense.to(torch.float64)
-    for name in ("lm", None, "sm"):
-        set_adapter(dense, name)
-        assert {p.dtype for p in dense.parameters()} == {torch.float64}
-        torch.testing.assert_close(logits(dense), logits(models[name].double()), rtol=0, atol=0)
-    dense.to(torch.bfloat16).train()
-    set_adapter(dense, "lm")
-    layer = moe_layers(dense)["model.layers.2.mlp"]
-    assert layer.router.weight.dtype == torch.float32
-    assert layer.experts.deltas["fc1"].a_ERI.dtype == torch.bfloat16
-    assert layer.training
-    assert logits(dense).isfinite().all()
-
-
-def test_removing(two: tuple[Any, dict[str | None, Any]], tmp_path: Path) -> None:
-    dense, models = two
-    remove_adapter(dense, "sm")
-    assert torch.equal(logits(dense), logits(models["lm"]))
-    remove_adapter(dense, "lm")
-    assert torch.equal(logits(dense), logits(models[None]))
-    assert adapters(dense) == []
-    with pytest.raises(ValueError, match="no adapter 'lm' over this model"):
-        remove_adapter(dense, "lm")
-    with pytest.raises(ValueError, match="load one with load_adapter"):
-        set_adapter(dense, "lm")
-    load_adapter(dense, tmp_path / "sm")
-    assert torch.equal(logits(dense), logits(models["sm"]))
-
-
-def test_copies_and_further_training(two: tuple[Any, dict[str | None, Any]], tmp_path: Path) -> None:
-    original, models = two
-    dense = copy.deepcopy(original)
-    set_adapter(dense, "sm")
-    moe_layers(dense)["model.layers.0.mlp"].router.weight.data += 0.1
-    save_adapter(dense, tmp_path / "more", parent=dense)
-    load_adapter(original, tmp_path / "more", name="more")
-    assert torch.equal(logits(original), logits(dense))
-    set_adapter(original, "sm")
-    assert torch.equal(logits(original), logits(models["sm"]))
-    # Training that reached the shared tensors changed the parent itself: no adapter over it could be loaded again.
-    dense.lm_head.weight.data += 0.1
-    with pytest.raises(ValueError, match="trained or cast since its adapters were loaded"):
-        save_adapter(dense, tmp_path / "lost", parent=dense)
 
 
 # The FFNs of StableLM-2-1.6B; what is no part of an adapter is small.
@@ -412,7 +208,6 @@ def test_bytes_at_real_shapes(delta: Any, most: float, tmp_path: Path) -> None:
     model = copy.deepcopy(dense, {id(p): p for p in dense.parameters()})  # one set of weights for both
     ders.upcycle(model, delta=delta, num_experts=4, top_k=2)
     summary = save_adapter(model, tmp_path / "a", parent=dense)
-    print(summary)
     assert summary.carried.keys() == {"routers", "deltas and biases"}
-    assert 0.9 * most > summary.num_bytes if most == 1e6 else summary.num_bytes <= most
+    assert summary.num_bytes <= most
     assert load_file(tmp_path / "a" / "adapter.safetensors")[f"{FIRST}.router.weight"].dtype == torch.float32

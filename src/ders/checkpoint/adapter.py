@@ -134,4 +134,7 @@ def _read_config(file: Path) -> AdapterConfig:
         raise ModelFolderError(f"{file}: damaged: {error}") from error
     if config.parent.dtype not in FLOATS:
         raise ModelFolderError(f"{file}: damaged: the parent's dtype must be one of {', '.join(FLOATS)}")
+    described = config.base_change in (None, "exact") or isinstance(config.base_change, dict)
+    if not (isinstance(config.upcycling, dict) and isinstance(config.changed, list) and described):
+        raise ModelFolderError(f"{file}: damaged: upcycling, base_change or changed is not of its type")
     return config

@@ -1,7 +1,9 @@
 """What every command shares: where the repository is, how Hydra is started, how errors are told."""
 
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ders.cli.dials import explain_unknown_key
+
+log = logging.getLogger(__name__)
 
 # The install is editable: configurations, claims and results lie beside the sources.
 ROOT = Path(__file__).resolve().parents[3]
@@ -40,6 +44,7 @@ def prepare_hydra() -> None:
 def launch(task: Callable[[DictConfig], Any], config_name: str) -> None:
     """Run a Hydra command; exits with 1 and a readable message on an error of the user's."""
     prepare_hydra()
+    warnings.showwarning = _log_warning
     command = hydra.main(config_path=str(ROOT / "conf"), config_name=config_name, version_base="1.3")(task)
     try:
         command()
@@ -48,7 +53,11 @@ def launch(task: Callable[[DictConfig], Any], config_name: str) -> None:
     except (UserError, ValueError, ArithmeticError, OSError) as error:
         if os.environ.get("DERS_TRACEBACK"):
             raise
-        sys.exit(f"error: {error}\n(DERS_TRACEBACK=1 shows where; a run also keeps it in error.txt)")
+        sys.exit(f"error: {error}\n(DERS_TRACEBACK=1 shows where)")
+
+
+def _log_warning(message: Warning | str, *_: object) -> None:
+    log.warning("%s", message)
 
 
 def composed(config_name: str, overrides: list[str]) -> DictConfig:

@@ -22,7 +22,6 @@ def main() -> None:
 
 def run(config: DictConfig) -> None:
     """Compress one folder and say what came of it."""
-    logging.captureWarnings(True)
     checkpoint, output = Path(config.checkpoint), Path(config.output)
     delta = instantiate(config.compression)["delta"]
     base = resolve_base(config.base, checkpoint)

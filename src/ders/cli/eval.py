@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
@@ -69,7 +70,7 @@ def _rows(metrics: dict[str, Any], split: str) -> list[tuple[str, str]]:
 def _source(config: DictConfig, provenance: dict[str, Any], checkpoint: Path) -> tuple[str, DataSource]:
     """The data's name and source. A folder names its data; what that name means stands in our own `conf/`."""
     if config.get("data"):
-        return str(config.data.get("_target_")).rsplit(".", 1)[-1], instantiate(config.data)
+        return HydraConfig.get().runtime.choices["data"], instantiate(config.data)
     name = provenance.get("data")
     known = sorted(file.stem for file in (ROOT / "conf" / "data").glob("*.yaml"))
     if name not in known:

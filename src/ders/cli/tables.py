@@ -11,10 +11,11 @@ from omegaconf import DictConfig
 
 from ders.cli.app import ROOT, UserError, composed, launch, to_plain
 from ders.cli.sweeper import expand
+from ders.reporting.bytes_figure import draw_against_bytes
 from ders.reporting.figures import draw_claim
 from ders.reporting.identity import run_folder
 from ders.reporting.record import read_record, write_record
-from ders.reporting.tables import markdown, percent, rows_of
+from ders.reporting.tables import Row, markdown, percent, rows_of
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,11 @@ def build_tables(config: DictConfig) -> None:
         rows = rows_of(records)
         table = markdown(rows, claim["title"], f"python train.py experiments={name}")
         (folder / "table.md").write_text(table)
-        draw_claim(rows, claim["dial"], claim["title"], folder / "figure.png")
+        if claim["figure"] == "stored_bytes":
+            others = _rows_in(results / claim["beside"], claim["beside"]) if claim["beside"] else []
+            draw_against_bytes([*rows, *others], claim["title"], folder / "figure.png")
+        else:
+            draw_claim(rows, claim["dial"], claim["title"], folder / "figure.png")
         built[name] = {row.label: percent(row.mean("test/accuracy"), row.spread("test/accuracy")) for row in rows}
         if config.format == "table":
             print(f"{table}\n{folder / 'table.md'}, {folder / 'figure.png'}\n")
@@ -52,7 +57,8 @@ def build_tables(config: DictConfig) -> None:
 
 
 def read_claim(name: str) -> dict[str, Any]:
-    """Runs, title and dial of a claim.
+    """Runs of a claim, and how its table and figure are made: title, dial, figure (over the dial, or stored_bytes),
+    beside (another claim whose rows the figure also shows).
 
     Raises:
         UserError: there is no such claim.
@@ -62,7 +68,15 @@ def read_claim(name: str) -> dict[str, Any]:
         known = ", ".join(sorted(f.stem for f in file.parent.glob("*.yaml")))
         raise UserError(f"claim={name}: there is no experiments/{name}.yaml. Claims: {known}")
     sweeper = yaml.safe_load(file.read_text())["hydra"]["sweeper"]
-    return {"dial": None, **sweeper}
+    return {"dial": None, "figure": "dial", "beside": None, **sweeper}
+
+
+def _rows_in(folder: Path, name: str) -> list[Row]:
+    """The rows of another claim, as far as they were run."""
+    records = [read_record(file) for file in sorted(folder.glob("*.json"))]
+    if not records:
+        log.warning("%s: no records yet, so the figure leaves them out", name)
+    return rows_of(records)
 
 
 def _run_folders(claim: dict[str, Any], output_dir: str) -> dict[str, Path]:

@@ -135,18 +135,21 @@ def _stock_text(source: MoESource, layout: str) -> dict[str, Any]:
     Raises:
         ModelFolderError: none could.
     """
-    text, router = text_config(source.config), source.upcycling.router
+    text, router, upcycling = text_config(source.config), source.upcycling.router, source.upcycling
+    limit = router.get("eval_capacity_factor")
     model_type = text["model_type"]
     why = None
     if model_type not in ("llama", "mistral", "qwen2"):
-        why = f"no stock MoE class has the layers of {model_type} (norms, biases, rotary embedding)"
+        why = f"neither Mixtral nor Qwen2-MoE has the layers of {model_type} (norms, biases, rotary embedding)"
     elif text.get("attention_bias"):
-        why = "its attention has biases in all four projections (attention_bias), which no stock MoE class has"
+        why = (
+            "its attention has biases in all four projections (attention_bias), which neither Mixtral nor Qwen2-MoE has"
+        )
     elif any(layer.biases for layer in source.layers.values()) or text.get("mlp_bias"):
-        why = "its FFNs have biases, which no stock MoE class has"
+        why = "its FFNs have biases, which neither Mixtral nor Qwen2-MoE has"
     elif router["name"] != "TopKRouter":
-        why = f"its router is {router['name']}, which no stock MoE class has"
-    elif router.get("eval_capacity_factor") is not None:
+        why = f"its router is {router['name']}, which neither Mixtral nor Qwen2-MoE has"
+    elif limit is not None and limit * upcycling.top_k < upcycling.num_experts:  # else each expert may take every token
         why = "its router drops choices over capacity in evaluation, and stock routers drop nothing"
     elif router.get("second_choice_noise"):
         why = "its router draws second choices with noise in evaluation too, and stock routers do not"

@@ -25,6 +25,7 @@ _DENSE = {
 }
 _TEXT = re.compile(r"lm_head\.|model\.(?:embed_tokens|layers|norm|final_layernorm)\.")
 _EXPERT = "deepspeed_moe.experts.deepspeed_experts"
+_LIMITS = ("capacity_factor", "eval_capacity_factor", "min_capacity")
 # Entries about images and training: nothing of the language model.
 _NOT_TEXT = re.compile(r"moe$|lora|mm_|image_|video_|use_mm|tune_mm|freeze_|tokenizer_|auto_map|rope_pct|norm_eps")
 
@@ -51,6 +52,9 @@ def read_moe_llava(tensors: TensorFolder) -> MoESource:
             f"{tensors.folder}: model_type {model_type!r} is made from a class that transformers does not have; known "
             f"are {', '.join(_DENSE)}"
         )
+    missing = [key for key in ("num_experts", "moe_layers_idx", "top_k_experts", *_LIMITS) if moe.get(key) is None]
+    if missing:
+        raise ModelFolderError(f"{tensors.folder / 'config.json'}: its moe section lacks {', '.join(missing)}")
     if moe.get("use_residual"):
         raise ModelFolderError(
             f"{tensors.folder}: use_residual weights a dense FFN and the experts by a learned gate, which this "
@@ -70,7 +74,7 @@ def read_moe_llava(tensors: TensorFolder) -> MoESource:
         router={
             "name": "TopKRouter",
             "second_choice_noise": top_k == 2,
-            **{key: moe[key] for key in ("capacity_factor", "eval_capacity_factor", "min_capacity")},
+            **{key: moe[key] for key in _LIMITS},
         },
     )
     layers = {index: _layer(tensors, family, index, upcycling.num_experts, rest) for index in upcycling.layers}

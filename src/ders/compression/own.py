@@ -22,6 +22,8 @@ def read_own(tensors: TensorFolder) -> MoESource:
     """A folder with a `ders` section, full experts or shared base."""
     config = tensors.config()
     section = config.pop("quantization_config")
+    if isinstance(config.get("text_config"), dict):
+        config["text_config"].pop("quantization_config", None)
     try:
         upcycling = Upcycling.from_section(section)
     except ValueError as error:
@@ -83,11 +85,11 @@ def _synthesised(
 
     def expert(e: int) -> Callable[[], Tensor]:
         def read() -> Tensor:
+            wide = torch.promote_types(base.dtype, torch.float32)
             if not loaded:
                 delta = delta_maker(upcycling, index, base.dtype)(name, count, *base.shape)
                 delta.load_state_dict({key: piece.read() for key, piece in stored.items()})
-                loaded.append(delta)
-            wide = torch.promote_types(base.dtype, torch.float32)
+                loaded.append(delta.to(wide))
             weight_OI = loaded[0].dense(e).detach().to(wide)
             if e == count - 1:  # the last of this projection: let go of its deltas
                 loaded.clear()

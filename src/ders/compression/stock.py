@@ -103,6 +103,11 @@ def _dense_of_qwen2_moe(tensors: TensorFolder, text: dict[str, Any]) -> dict[str
 
 
 def _source(tensors: TensorFolder, config: dict[str, Any], upcycling: Upcycling) -> MoESource:
+    if quantization := tensors.config().get("quantization_config"):
+        raise ModelFolderError(
+            f"{tensors.folder}: its weights are quantised ({quantization.get('quant_method')}): give the folder they "
+            "were made from, in full precision"
+        )
     found: dict[int, tuple[str, dict[str, Piece]]] = {}
     rest: dict[str, Piece] = {}
     for name, piece in tensors.pieces.items():

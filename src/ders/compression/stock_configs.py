@@ -112,7 +112,7 @@ def translated(text: dict[str, Any], model_type: str, **entries: Any) -> dict[st
     Args:
         text: with its defaults written out.
     """
-    dropped = (*_ATTENTION_ONLY, *_DENSE_ONLY, *_MOE_ONLY, "auto_map")
+    dropped = (*_ATTENTION_ONLY, *_DENSE_ONLY, *_MOE_ONLY, "auto_map", "quantization_config")
     kept = {key: value for key, value in text.items() if key not in dropped}
     if "architectures" in kept:
         kept["architectures"] = [_CLASSES[model_type]]

@@ -53,6 +53,7 @@ def compress_folder(
         ValueError: a dial does not fit, or the experts did not come from the base.
     """
     source = read_source(Path(checkpoint))
+    TensorFolder(source.folder).verify()
     upcycling = compressed_form(source.upcycling, delta, extended)
     bases, base_sha256 = _bases(source, base)
     with new_folder(Path(output), overwrite=overwrite) as unfinished:

@@ -1,4 +1,4 @@
-"""From measured numbers to advice. The rules are few, and each rests on a finding of arXiv 2503.01359."""
+"""From measured numbers to advice: a few rules, resting on what arXiv 2503.01359 found and on arithmetic."""
 
 import statistics
 from collections.abc import Iterator
@@ -8,14 +8,14 @@ from ders.compression.findings import BaseChoice, LayerFindings, MatrixFindings,
 # Upcycled experts lie above 0.999 (figure 1) and independent ones near 0. At 0.9 a delta is half as long as its base,
 # and whatever holds for small deltas is no longer known to hold.
 RELATED_COSINE, RELATED_RATIO = 0.9, 0.5
-# A cosine of 0.999 with a delta at right angles to its base: no MoE of the paper was farther out.
+# A cosine of 0.999 with a delta at right angles to its base: the experts of figure 1 were closer.
 CLOSE_RATIO = 0.045
 # A grid from a row's smallest to its largest entry wastes its levels on outliers. At a Laplace distribution's kurtosis
 # (6; a Gaussian has 3) 2 bits per row miss more of a delta than leaving it out does.
 HEAVY_TAILS, USELESS = 6.0, 1.0
-# At no loss in tables S13–S18: sparsity 0.9 and 2 bits. One step further, 0.99 and 1 bit, all models lost.
+# At little or no loss in tables S13–S18. One step further, every model lost at 1 bit, and most at 0.99.
 BOLD_SPARSITY, BOLD_BITS = 0.9, 2
-# At no loss even where the paper's coder compressed its universal FFN too, and 2 bits broke it (tables S9, S10).
+# At no loss even where the paper's code model had its universal FFN compressed too, and 2 bits broke it (S9, S10).
 CAREFUL_SPARSITY, CAREFUL_BITS = 0.4, 4
 
 _SCORE = "Compress, then score the result to be sure"
@@ -57,13 +57,13 @@ def _sentences(
     error_at_2: float | None,
 ) -> Iterator[str]:
     pair = "expert–expert" if base.kind == "mean" else "FFN–expert"
+    source = "one common FFN" if base.kind == "mean" else "this base"
     numbers = (
         f"the smallest {pair} cosine is {told.smallest_cosine:.6g}, and the largest delta is "
         f"{100 * told.largest_ratio:.3g} % of its base"
     )
     yield f"Compared with {base}."
     if not told.upcycled:
-        source = "one common FFN" if base.kind == "mean" else "this base"
         other = "" if base.kind == "mean" else " If they were upcycled from another model, name it: base=DIR."
         yield (
             f"The experts do not look upcycled from {source}: {numbers} (upcycled ones: above {RELATED_COSINE} and at "
@@ -71,7 +71,6 @@ def _sentences(
         )
         yield f"A shared base would explain little of them, and compression would cost quality.{other}"
         return
-    source = "one common FFN" if base.kind == "mean" else "this base"
     yield f"The experts look upcycled from {source}: {numbers}."
     if delta is not None:
         yield (
@@ -85,8 +84,8 @@ def _sentences(
     yield f"A sparsity of {told.sparsity} or {told.bits} bits look safe. {_SCORE}."
     if far:
         yield (
-            f"Careful, because deltas above {100 * CLOSE_RATIO:.2g} % of their base are larger than any the paper "
-            f"reports: there {BOLD_SPARSITY} and {BOLD_BITS} bits cost nothing."
+            f"Careful, because the largest deltas exceed {100 * CLOSE_RATIO:.2g} % of their base: the experts of the "
+            f"paper's figure 1, for which {BOLD_SPARSITY} and {BOLD_BITS} bits cost nothing, were closer."
         )
     if heavy:
         kurtosis = "–" if told.typical_kurtosis is None else f"{told.typical_kurtosis:.3g}"

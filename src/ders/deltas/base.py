@@ -57,7 +57,7 @@ class Delta(nn.Module):
         return sum(tensor.numel() * tensor.element_size() * 8 for tensor in self.state_dict().values())
 
     def coded_params(self) -> int:
-        """What is stored as codes instead of parameters, in parameters of 16 bits: the paper's rule for k-bit weights."""
+        """What is stored as k-bit codes instead of parameters, k/16 each as in the paper's tables."""
         return 0
 
     def restore_(self) -> None:

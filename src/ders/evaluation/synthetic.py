@@ -54,7 +54,9 @@ def write_pair(shapes: dict[str, Any], parent: Path, vanilla: Path) -> None:
         write_config(folder, config.to_dict() | {"quantization_config": {**section, "provenance": provenance}})
 
 
-def _write_moe(tensors: dict[str, torch.Tensor], parent: Path, writer: FolderWriter, generator: torch.Generator) -> None:
+def _write_moe(
+    tensors: dict[str, torch.Tensor], parent: Path, writer: FolderWriter, generator: torch.Generator
+) -> None:
     dense = TensorFolder(parent).pieces
     for name, tensor in tensors.items():
         if ".experts.weights_EOI." in name:

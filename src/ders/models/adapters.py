@@ -138,8 +138,8 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "default")
         short = _short_name(model, index)
         held = _inside(pieces, short)
         changed = [key.removeprefix(f"{short}.") for key in config.changed if key.startswith(f"{short}.")]
-        make = base_change_maker(upcycling, config.base_change, index, next(layer.shared_parameters()).dtype)
         try:
+            make = base_change_maker(upcycling, config.base_change, index, next(layer.shared_parameters()).dtype)
             unpack_(layer, held, changed, make)
         except KeyError as error:
             raise ModelFolderError(f"{weights}: lacks {short}.{error.args[0]}, which {CONFIG} describes") from error

@@ -12,7 +12,7 @@ from ders.checkpoint import ModelFolderError, TensorFolder, new_folder
 from ders.compression import MoESource, read_source
 from ders.compression.export import Progress, plan, write_layout
 from ders.compression.moe_llava import is_moe_llava
-from ders.moe import MoELayer, SharedBaseMoE, VanillaMoE, moe_layers
+from ders.moe import FFN, MoELayer, SharedBaseMoE, VanillaMoE, moe_layers
 from ders.upcycling import find_decoder
 
 # Of the largest logit, in fp32: another order of the same sums stays below a tenth of it, another rotary base or
@@ -80,8 +80,9 @@ def export(
         difference = float((logits - expected).abs().max())
         if not difference <= TOLERANCE * scale:
             raise ModelFolderError(
-                f"{checkpoint}: exported to layout={layout}, its logits (up to {scale:.3g}) differ by {difference:.3g}, "
-                f"more than {TOLERANCE:.0e} of that. Nothing was kept. This is a fault of ders: please report it"
+                f"{checkpoint}: exported to layout={layout}, its logits (up to {scale:.3g}) differ by "
+                f"{difference:.3g}, more than {TOLERANCE:.0e} of that. Nothing was kept. This is a fault of ders: "
+                "please report it"
             )
         return ExportReport(layout, num_bytes, scale, difference, float((expected - before).abs().max()))
 
@@ -117,14 +118,27 @@ def _with_full_experts(layer: SharedBaseMoE, source: MoESource, index: int) -> M
     biases = {name: torch.stack([piece.read().float() for piece in stack]) for name, stack in stored.biases.items()}
     last = {name: stack[-1] for name, stack in stacks.items()}, {name: bias[-1] for name, bias in biases.items()}
     dense = form.module(*last, getattr(layer, form.activation))
-    full = VanillaMoE(dense, form, layer.router, universal=layer.extended)
-    if layer.universal is not None:
-        full.universal = layer.universal
+    full = VanillaMoE(dense, form, layer.router)
+    full.universal = _DenseFFN(dense, form) if layer.extended else layer.universal
     for name, stack in stacks.items():
         full.experts.weights_EOI[name].copy_(stack[:count])
     for name, bias in biases.items():
         full.experts.biases_EO[name].copy_(bias[:count])
     return full.eval()
+
+
+class _DenseFFN(nn.Module):
+    """The universal FFN of a layer where it was one more expert."""
+
+    def __init__(self, dense: nn.Module, form: FFN) -> None:
+        super().__init__()
+        self.dense, self.form = dense, form
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        pre = [getattr(self.dense, name)(hidden_states) for name in self.form.inputs]
+        hidden = self.form.hidden(pre, getattr(self.dense, self.form.activation))
+        output: Tensor = getattr(self.dense, self.form.output)(hidden)
+        return output
 
 
 def _checked(weight_OI: Tensor, layer: SharedBaseMoE, name: str, expert: int) -> Tensor:
@@ -158,7 +172,7 @@ def _load(folder: Path) -> nn.Module:
     """A model on the CPU in fp32, stock experts one after the other: their fused kernels sum in other orders."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     stock = config.get_text_config().model_type in ("mixtral", "qwen2_moe")
-    auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+    auto: Any = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
     model, report = auto.from_pretrained(
         folder,
         dtype=torch.float32,

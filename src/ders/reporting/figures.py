@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 
 from ders.reporting.tables import Row
 
-_STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
+STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
 
 
 def read_metrics(file: Path) -> dict[str, list[tuple[int, float]]]:
@@ -32,12 +32,12 @@ def draw_run(folder: Path) -> list[Path]:
     figures = folder / "figures"
     figures.mkdir(exist_ok=True)
     drawn = []
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         if "train/loss" in metrics:
             figure, axis = plt.subplots(figsize=(6, 3.5), layout="constrained")
             axis.plot(*zip(*metrics["train/loss"], strict=True), linewidth=1)
             axis.set(xlabel="step", ylabel="loss per answer token", title="Training loss")
-            drawn.append(_save(figure, figures / "loss.png"))
+            drawn.append(save(figure, figures / "loss.png"))
         layers: dict[str, dict[int, list[tuple[int, float]]]] = defaultdict(dict)
         for key, points in metrics.items():
             if match := re.fullmatch(r"routing/(layer_\d+)/load_(\d+)", key):
@@ -56,7 +56,7 @@ def draw_run(folder: Path) -> list[Path]:
                 axis.set(xlabel="step", title=layer.replace("_", " "), ylim=(0, 1))
             axes[0][0].set_ylabel("share of choices")
             axes[0][-1].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-            drawn.append(_save(figure, figures / "expert_load.png"))
+            drawn.append(save(figure, figures / "expert_load.png"))
     return drawn
 
 
@@ -64,7 +64,7 @@ def _number(item: tuple[str, object]) -> int:
     return int(item[0].split("_")[1])
 
 
-def _save(figure: plt.Figure, file: Path) -> Path:
+def save(figure: plt.Figure, file: Path) -> Path:
     figure.savefig(file, dpi=130)
     plt.close(figure)
     return file
@@ -76,7 +76,7 @@ def draw_claim(rows: list[Row], dial: str | None, title: str, file: Path) -> Pat
     The dense parent is a line; the question-only prior, far below, is told in the legend.
     """
     metric = "test/accuracy"
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
         for place, row in enumerate(rows):
             scores = [100 * score for score in row.scores(metric)]
@@ -95,4 +95,4 @@ def draw_claim(rows: list[Row], dial: str | None, title: str, file: Path) -> Pat
         axis.set(xlabel=dial or "", ylabel="test accuracy, %", title=title, xlim=(-0.5, len(rows) - 0.5))
         axis.margins(y=0.2)
         axis.legend(frameon=False, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4)
-        return _save(figure, file)
+        return save(figure, file)

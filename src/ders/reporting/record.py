@@ -39,17 +39,10 @@ def schema() -> dict[str, Any]:
 
 def start_record(repository: Path, config: dict[str, Any], command: list[str]) -> Record:
     """What is known when a run starts; the commit is read now, for the tree may change while it runs."""
-    commit, dirty = _commit(repository)
     return {
         "status": "interrupted",
         "error": None,
-        "command": " ".join(command),
-        "commit": commit,
-        "dirty": dirty,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "hardware": _hardware(),
-        "versions": {"python": platform.python_version()} | _versions(),
-        "config": config,
+        **start_benchmark(repository, config, command),
         "seed": config["seed"],
         "method": config["method"]["name"],
         "scale": config["scale"],
@@ -58,6 +51,20 @@ def start_record(repository: Path, config: dict[str, Any], command: list[str]) -
         "wall_seconds": 0.0,
         "peak_gib": 0.0,
         "metrics": {},
+    }
+
+
+def start_benchmark(repository: Path, config: dict[str, Any], command: list[str]) -> Record:
+    """What every measurement says of itself: command, commit, date, machine, versions, configuration."""
+    commit, dirty = _commit(repository)
+    return {
+        "command": " ".join(command),
+        "commit": commit,
+        "dirty": dirty,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "hardware": _hardware(),
+        "versions": {"python": platform.python_version()} | _versions(),
+        "config": config,
     }
 
 

@@ -15,7 +15,8 @@ class Row:
     """One configuration of a claim, over its seeds.
 
     Attributes:
-        method, dials: what the row is, a compression by its own name; dials are root-level keys in which the claim's rows differ.
+        method, dials: what the row is, a compression by its own name; dials are root-level keys in which the claim's
+            rows differ.
         records: one per seed.
     """
 
@@ -97,11 +98,16 @@ def percent(mean: float, spread: float = math.nan) -> str:
     return f"{100 * mean:.1f}" if math.isnan(spread) else f"{100 * mean:.1f} ± {100 * spread:.1f}"
 
 
+def _mib(count: int | None) -> str:
+    return "" if count is None else f"{count / 2**20:.2f} MiB"
+
+
 def markdown(rows: list[Row], title: str, command: str) -> str:
     """The table of a claim, with the dense parent and the question-only prior beside the scores."""
     records = [record for row in rows for record in row.records]
     kinds = kinds_of(records)
-    header = ["", "added parameters", "trainable", "stored", "accuracy", *kinds, "seeds"]
+    compressed = any(record.get("expert_bytes") for record in records)
+    header = ["", "added parameters", "trainable", "stored", *(["experts"] * compressed), "accuracy", *kinds, "seeds"]
     lines = [header, ["---", *["---:"] * (len(header) - 1)]]
     for row in rows:
         first = row.records[0]
@@ -110,7 +116,8 @@ def markdown(rows: list[Row], title: str, command: str) -> str:
                 row.label,
                 f"{first['added_params']:,}",
                 f"{first['trainable_params']:,}",
-                f"{first['stored_bytes'] / 2**20:.2f} MiB",
+                _mib(first["stored_bytes"]),
+                *([_mib(first.get("expert_bytes"))] * compressed),
                 percent(row.mean("test/accuracy"), row.spread("test/accuracy")),
                 *(percent(row.mean(f"test/accuracy/{kind}"), row.spread(f"test/accuracy/{kind}")) for kind in kinds),
                 str(len(row.records)),
@@ -125,7 +132,8 @@ def markdown(rows: list[Row], title: str, command: str) -> str:
             by_kind = [
                 percent(records[0]["metrics"].get(f"{metric}/{kind}", {}).get("value", math.nan)) for kind in kinds
             ]
-            lines.append([f"*{label}*", "", "", "", percent(values[0]), *by_kind, ""])
+            empty = [""] * (3 + compressed)
+            lines.append([f"*{label}*", *empty, percent(values[0]), *by_kind, ""])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     counts = {record["metrics"]["test/accuracy"]["count"] for record in records if "test/accuracy" in record["metrics"]}
     commits = sorted({record["commit"][:10] for record in records})
