@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from ders.checkpoint import TensorFolder
 from ders.cli.app import UserError, launch
-from ders.cli.build import instantiate
+from ders.cli.instantiation import instantiate
 from ders.cli.progress import byte_progress
 from ders.compression import compress_folder, read_source
 

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ders.checkpoint import read_config_json
 from ders.cli.app import ROOT, UserError, composed, launch
-from ders.cli.build import instantiate
+from ders.cli.instantiation import instantiate
 from ders.data import DataSource
 from ders.evaluation.scoring import score
 from ders.models.bundle import load_bundle, stored_bytes

@@ -10,7 +10,8 @@ from omegaconf import DictConfig
 
 import ders
 from ders.cli.app import to_plain
-from ders.cli.build import instantiate, parent_trainer_factory
+from ders.cli.build import parent_trainer_factory
+from ders.cli.instantiation import instantiate
 from ders.data import DataSource, PreparedData
 from ders.data.source import building
 from ders.evaluation.scoring import score

@@ -21,8 +21,9 @@ from omegaconf import DictConfig
 
 from ders.accounting import count_parameters
 from ders.cli.app import ROOT, UserError, launch, to_plain
-from ders.cli.build import check, instantiate, trainer_factory, upcycle_by_config
+from ders.cli.build import check, trainer_factory, upcycle_by_config
 from ders.cli.compressed import compress_and_score, is_first_process, score_folder, waiting_for, without_compression
+from ders.cli.instantiation import instantiate
 from ders.cli.parents import parent_folder, parent_scores
 from ders.data import DataSource, PreparedData
 from ders.data.conversation import Template
