@@ -155,8 +155,8 @@ def test_a_failed_run_leaves_a_record(
         (["sparsity=1.2"], "error: sparsity must be in [0, 1), the fraction of zeros: got 1.2"),
         (
             ["method=ders_lm", "sparsity=0.5"],
-            "error: sparsity is a dial of method=ders_sm; method=ders_lm has num_experts, rank, top_k. "
-            "Drop sparsity=… or choose another method",
+            "error: sparsity is a dial of method=ders_sm or compression=sparsify; method=ders_lm has num_experts, rank, "
+            "top_k. Drop sparsity=… or choose another",
         ),
         (["method=dense", "num_experts=8"], "method=dense has none of its own"),
         (["sparsty=0.5"], "error: there is no dial 'sparsty'"),
@@ -238,9 +238,8 @@ class DiagonalDelta(Delta):
         y_SX = x_SI[:, : self.diagonal_EX.shape[1]] * self.strength * self.diagonal_EX[expert_S]
         return nn.functional.pad(y_SX, (0, self.out_features - y_SX.shape[1]))
 
-    def fit_(self, delta_EOI):
-        self.diagonal_EX.data.copy_(delta_EOI.diagonal(dim1=1, dim2=2) / self.strength)
-        return self
+    def fit_expert_(self, expert, delta_OI):
+        self.diagonal_EX.data[expert] = delta_OI.diagonal() / self.strength
 '''
     )
     (tmp_path / "conf/method/diagonal.yaml").write_text(

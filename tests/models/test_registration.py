@@ -116,7 +116,10 @@ VALUES = "model.layers.2.mlp.experts.deltas.up_proj.values_EN"
         (lambda f: edit_section(f, format_version=2), "format_version 2 is not known"),
         (lambda f: edit_section(f, delta={"name": "os.system"}), "unknown delta 'os.system'"),
         (lambda f: edit_section(f, router={"name": "Nobody"}), "unknown router 'Nobody'"),
-        (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]), "cannot be"),
+        (
+            lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]),
+            "truncated or not safetensors",
+        ),
         (lambda f: (f / "model.safetensors").unlink(), "holds no safetensors weights"),
         (lambda f: (f / "config.json").write_text("{"), "config.json is missing or unreadable"),
     ],

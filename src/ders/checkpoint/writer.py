@@ -70,8 +70,8 @@ class FolderWriter:
         shards = _split(slots, shard_bytes)
         self.total_bytes = sum(shard.num_bytes for shard in shards)
         _require_space(folder, self.total_bytes)
-        self._pool = ThreadPoolExecutor(1)
-        self._last: Future[None] | None = None
+        self._pool = ThreadPoolExecutor(2)
+        self._under_way: list[Future[None]] = []
         self._places: dict[str, _Place] = {}
         self._files: list[tuple[BinaryIO, int, list[str]]] = []
         for number, shard in enumerate(shards, 1):
@@ -106,12 +106,15 @@ class FolderWriter:
         start = place.offset + place.written
         place.written += len(data)
         # Hashing and writing need no interpreter: they run while the next tensor is made.
-        self._last = self._pool.submit(_put, place, start, data)
+        self._under_way = [
+            self._pool.submit(_put, place.file, start, data),
+            self._pool.submit(place.hasher.update, data),
+        ]
 
     def _wait(self) -> None:
-        last, self._last = self._last, None
-        if last is not None:
-            last.result()
+        under_way, self._under_way = self._under_way, []
+        for work in under_way:
+            work.result()
 
     def close(self) -> str:
         """Seal every shard and write the index; returns the sha256 of the contents.
@@ -147,12 +150,10 @@ class FolderWriter:
         self.abandon()
 
 
-def _put(place: _Place, start: int, data: memoryview) -> None:
-    place.file.seek(start)
-    rest = data
-    while rest:  # one call writes 2 GB at most
-        rest = rest[place.file.write(rest) :]
-    place.hasher.update(data)
+def _put(file: BinaryIO, start: int, data: memoryview) -> None:
+    file.seek(start)
+    while data:  # one call writes 2 GB at most
+        data = data[file.write(data) :]
 
 
 def _split(slots: Iterable[Slot], shard_bytes: int) -> list[_Shard]:
