@@ -155,8 +155,8 @@ def test_a_failed_run_leaves_a_record(
         (["sparsity=1.2"], "error: sparsity must be in [0, 1), the fraction of zeros: got 1.2"),
         (
             ["method=ders_lm", "sparsity=0.5"],
-            "error: sparsity is a dial of method=ders_sm or compression=sparsify; method=ders_lm has num_experts, rank, "
-            "top_k. Drop sparsity=… or choose another",
+            "error: sparsity is a dial of method=ders_sm or compression=sparsify; method=ders_lm has num_experts, "
+            "rank, top_k. Drop sparsity=… or choose another",
         ),
         (["method=dense", "num_experts=8"], "method=dense has none of its own"),
         (["sparsty=0.5"], "error: there is no dial 'sparsty'"),

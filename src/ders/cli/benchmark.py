@@ -1,12 +1,9 @@
 """`python scripts/benchmark.py`: measurements against goals, as a table and a record."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from rich.console import Console
-from rich.table import Table
 
 from ders.cli.app import ROOT, UserError, launch, to_plain
 from ders.evaluation.compress_suite import compress_suite
@@ -20,27 +17,39 @@ def main() -> None:
 
 
 def run(config: DictConfig) -> None:
-    """Run one suite, keep its record, show its goals."""
+    """Run one suite, keep its record and table, show them."""
     if config.suite not in SUITES:
         raise UserError(f"suite must be one of {', '.join(SUITES)}: got {config.suite!r}")
     record = start_benchmark(ROOT, to_plain(config), ["python", "scripts/benchmark.py", f"suite={config.suite}"])
     results = SUITES[config.suite](ROOT / "scripts", ROOT / config.work)
     record = {**record, **results}
-    file = ROOT / config.results / f"{config.suite}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(record, indent=1) + "\n")
-    if config.format == "json":
-        print(json.dumps(record))
-    else:
-        _show(results, file)
+    folder = ROOT / config.results / f"benchmark_{config.suite}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "record.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / "table.md").write_text(markdown(record))
+    print(json.dumps(record) if config.format == "json" else f"{markdown(record)}\n{folder / 'record.json'}")
 
 
-def _show(results: dict[str, Any], file: Path) -> None:
-    table = Table(title="Goals", title_justify="left")
-    for heading in ("", "figure", "limit", "aim", ""):
-        table.add_column(heading, justify="left" if heading == "" else "right")
-    for goal in results["goals"]:
-        numbers = (f"{goal[key]:,.4g}" if goal[key] is not None else "" for key in ("figure", "limit", "aim"))
-        table.add_row(goal["goal"], *numbers, "met" if goal["met"] else "missed")
-    Console().print(table)
-    print(file)
+def markdown(record: dict[str, Any]) -> str:
+    """The table of a benchmark: each goal with its figure, met or missed, then each command's times."""
+    goals = [["", "figure", "limit", "aim", ""], ["---", "---:", "---:", "---:", "---"]]
+    for goal in record["goals"]:
+        numbers = [_number(goal[key]) for key in ("figure", "limit", "aim")]
+        goals.append([goal["goal"], *numbers, "met" if goal["met"] else "**missed**"])
+    times = [["", "seconds", "of which start-up", "disk alone", "memory"], ["---", *["---:"] * 4]]
+    for row in record["rows"]:
+        seconds = [f"{row[key]:.1f}" for key in ("seconds", "startup_seconds", "disk_seconds")]
+        times.append([row["command"], *seconds, f"{row['anonymous_bytes'] / 1e6:,.0f} MB"])
+    hardware, commit = record["hardware"], (record["commit"] or "unknown")[:10]
+    return (
+        f"`{record['command']}`, commit {commit}, {hardware['cores']} cores of {hardware['cpu']}.\n\n"
+        f"{_table(goals)}\n\n{_table(times)}\n"
+    )
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def _table(lines: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
