@@ -1,10 +1,12 @@
 """Every command of the README runs, in smoke form, and every number in it comes from `results/`."""
 
+import importlib
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +15,22 @@ import torch
 from conftest import ROOT, SMALL, SMALL_DATA
 
 import ders
+from ders.cli.app import composed, prepare_hydra, to_plain
+from ders.reporting.identity import run_folder
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = {language: re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) for language in ("bash", "python")}
 COMMANDS = [line.split("#")[0].strip() for block in BLOCKS["bash"] for line in block.splitlines() if line.strip()]
 TRAIN = [c for c in COMMANDS if c.startswith("python train.py") and "trainer=ddp" not in c]
 TABLES = [c for c in COMMANDS if c.startswith("python scripts/tables.py")]
+FOLDERS = [c for c in COMMANDS if re.match(r"python scripts/(analyze|compress|eval|export)\.py ", c)]
 
 
 def test_no_command_is_left_out() -> None:
     ddp = ["python train.py trainer=ddp trainer.devices=2"]  # its processes: tests/cli/test_train.py
-    assert sorted(COMMANDS) == sorted([*TRAIN, *TABLES, *ddp, "make train", "make test"])
+    slow = ["python scripts/benchmark.py suite=compress"]  # in small: tests/evaluation/test_compress_suite.py
+    known = [*TRAIN, *TABLES, *FOLDERS, *ddp, *slow, "make train", "make test"]
+    assert sorted(COMMANDS) == sorted(known)
     assert len(TRAIN) > 8
 
 
@@ -47,6 +54,29 @@ def test_train_commands(command: str, outputs: Path, monkeypatch: pytest.MonkeyP
     paths = [Path(line) for line in capsys.readouterr().out.splitlines()]
     assert paths
     assert all(path.name == "record.json" and path.exists() for path in paths)
+
+
+def test_commands_on_folders(
+    run_job: Callable[..., Path], outputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """In the order they stand there, on a small run in the place of the full one."""
+    prepare_hydra()
+    default = run_folder(to_plain(composed("train", ["method=vanilla"])), ROOT).relative_to(ROOT) / "model"
+    small = run_job("method=vanilla", "skip_completed=true") / "model"
+    monkeypatch.chdir(tmp_path)
+    assert len(FOLDERS) > 5
+    for command in FOLDERS:
+        _, script, *arguments = shlex.split(command)
+        assert {f"checkpoint={default}", "checkpoint=two_bits"} & set(arguments)
+        arguments = [argument.replace(str(default), str(small)) for argument in arguments]
+        if "eval.py" in script:
+            arguments += [f"output_dir={outputs}", "data=digits_vqa", *SMALL_DATA]
+        if "analyze.py" in script:
+            arguments += [f"output={tmp_path / 'analysis'}"]
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        importlib.import_module(f"ders.cli.{Path(script).stem}").main()
+    assert {"sparse", "two_bits", "low_rank", "stock", "analysis"} == {entry.name for entry in tmp_path.iterdir()}
+    assert "QuantizedDelta bits 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", TABLES)

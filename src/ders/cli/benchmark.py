@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 from ders.cli.app import ROOT, UserError, launch, to_plain
 from ders.evaluation.compress_suite import compress_suite
 from ders.reporting.record import start_benchmark
+from ders.reporting.tables import pipes
 
 SUITES = {"compress": compress_suite}
 
@@ -43,13 +44,9 @@ def markdown(record: dict[str, Any]) -> str:
     hardware, commit = record["hardware"], (record["commit"] or "unknown")[:10]
     return (
         f"`{record['command']}`, commit {commit}, {hardware['cores']} cores of {hardware['cpu']}.\n\n"
-        f"{_table(goals)}\n\n{_table(times)}\n"
+        f"{pipes(goals)}\n\n{pipes(times)}\n"
     )
 
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-
-
-def _table(lines: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

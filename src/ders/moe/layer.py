@@ -115,7 +115,8 @@ class SharedBaseMoE(MoELayer):
     def effective_weight(self, name: str, expert: int) -> Tensor:
         delta = self.experts.deltas[name]
         assert isinstance(delta, Delta)
-        return getattr(self, name).weight + delta.dense(expert)
+        weight_OI: Tensor = getattr(self, name).weight
+        return weight_OI + delta.dense(expert).to(weight_OI.device)
 
     def shared_parameters(self) -> Iterator[nn.Parameter]:
         for name in self.form.projections:

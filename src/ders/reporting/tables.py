@@ -98,6 +98,11 @@ def percent(mean: float, spread: float = math.nan) -> str:
     return f"{100 * mean:.1f}" if math.isnan(spread) else f"{100 * mean:.1f} ± {100 * spread:.1f}"
 
 
+def pipes(lines: list[list[str]]) -> str:
+    """Lines of cells as a Markdown table; the second line is its rule."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def _mib(count: int | None) -> str:
     return "" if count is None else f"{count / 2**20:.2f} MiB"
 
@@ -134,7 +139,7 @@ def markdown(rows: list[Row], title: str, command: str) -> str:
             ]
             empty = [""] * (3 + compressed)
             lines.append([f"*{label}*", *empty, percent(values[0]), *by_kind, ""])
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    table = pipes(lines)
     counts = {record["metrics"]["test/accuracy"]["count"] for record in records if "test/accuracy" in record["metrics"]}
     commits = sorted({record["commit"][:10] for record in records})
     questions = " or ".join(map(str, sorted(counts)))
