@@ -244,6 +244,15 @@ def test_a_damaged_source_is_refused(pair: Any, tmp_path: Path) -> None:
         compress_folder(tmp_path / "sealed", tmp_path / "out", base="mean", delta=FORMS["svd"])
 
 
+@pytest.mark.parametrize("output", ["moe", "parent", "moe/inside"])
+def test_what_is_read_is_never_written(pair: Any, tmp_path: Path, output: str) -> None:
+    pair()
+    with pytest.raises(ModelFolderError, match="itself or inside it, which is read here"):
+        compress_folder(
+            tmp_path / "moe", tmp_path / output, base=tmp_path / "parent", delta=FORMS["svd"], overwrite=True
+        )
+
+
 def test_other_files_come_along_but_no_pickles(pair: Any, tmp_path: Path) -> None:
     pair()
     for name in ("tokenizer.json", "LICENSE", "optimizer.pt", "pytorch_model.bin", ".hidden"):

@@ -11,6 +11,19 @@ from filelock import FileLock, Timeout
 from ders.checkpoint.errors import ModelFolderError
 
 
+def refuse_overlap(output: Path, *inputs: Path) -> None:
+    """An output must be another folder than what it is made from, and not lie inside it.
+
+    Raises:
+        ModelFolderError: it is, or does.
+    """
+    for folder in inputs:
+        if output.resolve().is_relative_to(folder.resolve()):
+            raise ModelFolderError(
+                f"{output}: is {folder} itself or inside it, which is read here. Choose another output"
+            )
+
+
 @contextlib.contextmanager
 def new_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yields an empty folder to fill; leaving the block syncs it to the disk and gives it its name.

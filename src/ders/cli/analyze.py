@@ -1,7 +1,6 @@
 """`python scripts/analyze.py`: whether a trained MoE is compressible, in a table, a verdict and two figures."""
 
 import json
-import logging
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -9,13 +8,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from ders.cli.app import ROOT, UserError, launch
+from ders.cli.app import ROOT, UserError, check_format, launch
+from ders.cli.folders import model_folder
 from ders.cli.progress import byte_progress
 from ders.compression.analysis import analyze_folder
 from ders.compression.findings import Analysis
 from ders.reporting.heatmap import draw_deltas, draw_similarity
-
-FORMATS = ("table", "json")
 
 
 def main() -> None:
@@ -24,10 +22,8 @@ def main() -> None:
 
 def run(config: DictConfig) -> None:
     """Analyse one folder, keep figures and numbers, and say what they mean."""
-    logging.captureWarnings(True)
-    if config.format not in FORMATS:
-        raise UserError(f"format must be one of {', '.join(FORMATS)}: got {config.format!r}")
-    checkpoint = Path(config.checkpoint)
+    check_format(config.format)
+    checkpoint = model_folder(config.checkpoint)
     output = output_folder(config.output, checkpoint)
     with byte_progress("analysing") as progress:
         analysis = analyze_folder(checkpoint, base=config.base, spectrum=config.spectrum, progress=progress)

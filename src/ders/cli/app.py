@@ -67,6 +67,16 @@ def composed(config_name: str, overrides: list[str]) -> DictConfig:
         return compose(config_name, overrides=overrides)
 
 
+def check_format(given: str) -> None:
+    """What a command prints: a table for people, or one JSON object.
+
+    Raises:
+        UserError: anything else was asked for.
+    """
+    if given not in ("table", "json"):
+        raise UserError(f"format must be table or json: got {given!r}")
+
+
 def to_plain(config: Any) -> Any:
     """A resolved configuration as plain data."""
     return OmegaConf.to_container(config, resolve=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from ders.cli.app import ROOT, UserError, launch, to_plain
+from ders.cli.app import ROOT, UserError, check_format, launch, to_plain
 from ders.evaluation.compress_suite import compress_suite
 from ders.reporting.record import start_benchmark
 from ders.reporting.tables import pipes
@@ -19,6 +19,7 @@ def main() -> None:
 
 def run(config: DictConfig) -> None:
     """Run one suite, keep its record and table, show them."""
+    check_format(config.format)
     if config.suite not in SUITES:
         raise UserError(f"suite must be one of {', '.join(SUITES)}: got {config.suite!r}")
     record = start_benchmark(ROOT, to_plain(config), ["python", "scripts/benchmark.py", f"suite={config.suite}"])

@@ -8,10 +8,11 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from ders.checkpoint import TensorFolder
-from ders.cli.app import UserError, launch
+from ders.cli.app import check_format, launch
+from ders.cli.folders import model_folder, resolve_base
 from ders.cli.instantiation import instantiate
 from ders.cli.progress import byte_progress
-from ders.compression import compress_folder, read_source
+from ders.compression import compress_folder
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +23,8 @@ def main() -> None:
 
 def run(config: DictConfig) -> None:
     """Compress one folder and say what came of it."""
-    checkpoint, output = Path(config.checkpoint), Path(config.output)
+    check_format(config.format)
+    checkpoint, output = model_folder(config.checkpoint), Path(config.output)
     delta = instantiate(config.compression)["delta"]
     base = resolve_base(config.base, checkpoint)
     started = time.perf_counter()
@@ -55,26 +57,3 @@ def run(config: DictConfig) -> None:
         print(json.dumps(result))
     else:
         print(f"{summary}\n{output}: {before / 1e6:,.2f} MB → {after / 1e6:,.2f} MB")
-
-
-def resolve_base(base: str, checkpoint: Path) -> Path | str:
-    """What `base` names: the folder of the parent that the checkpoint records, the mean, or a given folder.
-
-    Raises:
-        UserError: the parent is not recorded, or not where it was.
-    """
-    if base == "mean":
-        return base
-    if base != "parent":
-        return Path(base)
-    parent = read_source(checkpoint).provenance.get("parent")
-    if parent is None:
-        raise UserError(
-            f"{checkpoint} does not record the dense model it came from: give its folder, base=DIR, or base=mean"
-        )
-    if not Path(parent).is_dir():
-        raise UserError(
-            f"{checkpoint} came from {parent}, which is not there any more: give that model's folder, base=DIR, or "
-            "base=mean"
-        )
-    return Path(parent)

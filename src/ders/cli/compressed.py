@@ -14,8 +14,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ders.accounting import count_parameters
 from ders.cli.app import ROOT
-from ders.cli.compress import resolve_base
 from ders.cli.dials import dials_of
+from ders.cli.folders import resolve_base
 from ders.cli.instantiation import instantiate
 from ders.compression import compress_folder
 from ders.data import DataSource, PreparedData

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ders.checkpoint import read_config_json
-from ders.cli.app import ROOT, UserError, composed, launch
+from ders.cli.app import ROOT, UserError, check_format, composed, launch
+from ders.cli.folders import model_folder
 from ders.cli.instantiation import instantiate
 from ders.data import DataSource
 from ders.evaluation.scoring import score
@@ -29,7 +30,8 @@ def main() -> None:
 
 def run(config: DictConfig) -> None:
     """Score one folder."""
-    checkpoint = Path(config.checkpoint)
+    check_format(config.format)
+    checkpoint = model_folder(config.checkpoint)
     if config.dtype not in _DTYPES:
         raise UserError(f"dtype must be one of {', '.join(_DTYPES)}: got {config.dtype!r}")
     if config.split not in ("test", "val"):

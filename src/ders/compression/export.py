@@ -6,7 +6,15 @@ from pathlib import Path
 
 import torch
 
-from ders.checkpoint import FolderWriter, ModelFolderError, Slot, copy_other_files, new_folder, write_config
+from ders.checkpoint import (
+    FolderWriter,
+    ModelFolderError,
+    Slot,
+    copy_other_files,
+    new_folder,
+    refuse_overlap,
+    write_config,
+)
 from ders.compression.layouts import LAYOUTS, Layout, Stored
 from ders.compression.reading import read_source
 from ders.compression.source import MoESource
@@ -41,6 +49,7 @@ def export_folder(
         ModelFolderError: the layout cannot express the model (before anything is written; it says why, and which
             layout can), the folder is damaged, or there is no room.
     """
+    refuse_overlap(Path(output), Path(checkpoint))
     source = read_source(Path(checkpoint))
     planned = plan(source, layout, dtype)
     with new_folder(Path(output), overwrite=overwrite) as unfinished:

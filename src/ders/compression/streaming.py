@@ -15,6 +15,7 @@ from ders.checkpoint import (
     TensorFolder,
     copy_other_files,
     new_folder,
+    refuse_overlap,
     write_config,
 )
 from ders.compression.compress import CompressionSummary, compressed_form, fit, mean_of, warn_of_mean
@@ -52,6 +53,8 @@ def compress_folder(
         ModelFolderError: a folder is damaged, the base is not the one the MoE came from, or there is no room.
         ValueError: a dial does not fit, or the experts did not come from the base.
     """
+    inputs = [Path(checkpoint), *([] if base == "mean" else [Path(base)])]
+    refuse_overlap(Path(output), *inputs)
     source = read_source(Path(checkpoint))
     TensorFolder(source.folder).verify()
     upcycling = compressed_form(source.upcycling, delta, extended)

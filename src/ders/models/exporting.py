@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from ders.checkpoint import ModelFolderError, TensorFolder, new_folder
+from ders.checkpoint import ModelFolderError, TensorFolder, new_folder, refuse_overlap
 from ders.compression import MoESource, read_source
 from ders.compression.export import Progress, plan, write_layout
 from ders.compression.moe_llava import is_moe_llava
@@ -66,6 +66,7 @@ def export(
     Raises:
         ModelFolderError: as for `export_folder`, or the new folder computes something else; then nothing is left of it.
     """
+    refuse_overlap(Path(output), Path(checkpoint))
     source = read_source(Path(checkpoint))
     planned = plan(source, layout)
     with new_folder(Path(output), overwrite=overwrite) as unfinished:
