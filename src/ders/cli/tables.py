@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from ders.cli.app import ROOT, UserError, composed, launch, to_plain
 from ders.cli.sweeper import expand
-from ders.reporting.bytes_figure import draw_against_bytes
+from ders.reporting.compression import compression_markdown, draw_against_bytes
 from ders.reporting.figures import draw_claim
 from ders.reporting.identity import run_folder
 from ders.reporting.record import read_record, write_record
@@ -40,9 +40,11 @@ def build_tables(config: DictConfig) -> None:
             log.warning("%s: no records yet. Run: python train.py experiments=%s", name, name)
             continue
         rows = rows_of(records)
-        table = markdown(rows, claim["title"], f"python train.py experiments={name}")
+        against_bytes = claim["figure"] == "stored_bytes"
+        write = compression_markdown if against_bytes else markdown
+        table = write(rows, claim["title"], f"python train.py experiments={name}")
         (folder / "table.md").write_text(table)
-        if claim["figure"] == "stored_bytes":
+        if against_bytes:
             others = _rows_in(results / claim["beside"], claim["beside"]) if claim["beside"] else []
             draw_against_bytes([*rows, *others], claim["title"], folder / "figure.png")
         else:

@@ -103,16 +103,15 @@ def pipes(lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _mib(count: int | None) -> str:
-    return "" if count is None else f"{count / 2**20:.2f} MiB"
+def mib(count: int) -> str:
+    return f"{count / 2**20:.2f} MiB"
 
 
 def markdown(rows: list[Row], title: str, command: str) -> str:
     """The table of a claim, with the dense parent and the question-only prior beside the scores."""
     records = [record for row in rows for record in row.records]
     kinds = kinds_of(records)
-    compressed = any(record.get("expert_bytes") for record in records)
-    header = ["", "added parameters", "trainable", "stored", *(["experts"] * compressed), "accuracy", *kinds, "seeds"]
+    header = ["", "added parameters", "trainable", "stored", "accuracy", *kinds, "seeds"]
     lines = [header, ["---", *["---:"] * (len(header) - 1)]]
     for row in rows:
         first = row.records[0]
@@ -121,8 +120,7 @@ def markdown(rows: list[Row], title: str, command: str) -> str:
                 row.label,
                 f"{first['added_params']:,}",
                 f"{first['trainable_params']:,}",
-                _mib(first["stored_bytes"]),
-                *([_mib(first.get("expert_bytes"))] * compressed),
+                mib(first["stored_bytes"]),
                 percent(row.mean("test/accuracy"), row.spread("test/accuracy")),
                 *(percent(row.mean(f"test/accuracy/{kind}"), row.spread(f"test/accuracy/{kind}")) for kind in kinds),
                 str(len(row.records)),
@@ -137,13 +135,16 @@ def markdown(rows: list[Row], title: str, command: str) -> str:
             by_kind = [
                 percent(records[0]["metrics"].get(f"{metric}/{kind}", {}).get("value", math.nan)) for kind in kinds
             ]
-            empty = [""] * (3 + compressed)
-            lines.append([f"*{label}*", *empty, percent(values[0]), *by_kind, ""])
-    table = pipes(lines)
+            lines.append([f"*{label}*", "", "", "", percent(values[0]), *by_kind, ""])
+    return f"{caption(records, title, command)}\n\n{pipes(lines)}\n"
+
+
+def caption(records: list[Record], title: str, command: str) -> str:
+    """What a table shows, over how many questions, and how to make it again."""
     counts = {record["metrics"]["test/accuracy"]["count"] for record in records if "test/accuracy" in record["metrics"]}
     commits = sorted({record["commit"][:10] for record in records})
     questions = " or ".join(map(str, sorted(counts)))
     return (
         f"**{title}.** Test accuracy in percent (exact match, {questions} questions), mean ± "
-        f"standard deviation over seeds.\n`{command}`, commit {', '.join(commits)}.\n\n{table}\n"
+        f"standard deviation over seeds.\n`{command}`, commit {', '.join(commits)}."
     )

@@ -1,7 +1,8 @@
-"""What a byte buys: scores against the size of what is stored."""
+"""What a byte buys: tables and figures of scores against the size of what is stored."""
 
 from collections import defaultdict
 from pathlib import Path
+from statistics import mean, stdev
 
 import matplotlib
 
@@ -9,7 +10,45 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from ders.reporting.figures import STYLE, save
-from ders.reporting.tables import Row
+from ders.reporting.tables import Row, caption, mib, percent, pipes
+
+
+def compression_markdown(rows: list[Row], title: str, command: str) -> str:
+    """The table of a compression claim: bytes, score, and the score less that of the very vanilla run compressed.
+
+    The difference is taken seed by seed, so that what the seeds differ in cancels.
+    """
+    header = ["", "added parameters", "experts stored", "model stored", "accuracy", "less vanilla, points", "seeds"]
+    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    for row in rows:
+        first = row.records[0]
+        differences = paired(row)
+        lines.append(
+            [
+                row.label,
+                f"{first['added_params']:,}",
+                mib(first["expert_bytes"]) if first.get("expert_bytes") is not None else "",
+                mib(first["stored_bytes"]),
+                percent(row.mean("test/accuracy"), row.spread("test/accuracy")),
+                f"{100 * mean(differences):+.2f} ± {100 * stdev(differences):.2f}" if len(differences) > 1 else "",
+                str(len(row.records)),
+            ]
+        )
+    records = [record for row in rows for record in row.records]
+    for label, metric in [("dense parent", "parent/accuracy"), ("question-only prior", "test/prior")]:
+        values = [record["metrics"][metric]["value"] for record in records if metric in record["metrics"]]
+        if values:
+            lines.append([f"*{label}*", "", "", "", percent(values[0]), "", ""])
+    return f"{caption(records, title, command)}\n\n{pipes(lines)}\n"
+
+
+def paired(row: Row) -> list[float]:
+    """Per seed, the score less the vanilla run's before it was compressed; empty for rows that are no compression."""
+    return [
+        record["metrics"]["test/accuracy"]["value"] - record["metrics"]["vanilla/accuracy"]["value"]
+        for record in row.records
+        if "vanilla/accuracy" in record["metrics"]
+    ]
 
 
 def draw_against_bytes(rows: list[Row], title: str, file: Path) -> Path:
