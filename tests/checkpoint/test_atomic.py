@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ders.checkpoint import ModelFolderError, new_folder
+from ders.checkpoint import ModelFolderError, new_folder, refuse_overlap
 
 
 def test_a_folder_appears_whole(tmp_path: Path) -> None:
@@ -29,17 +29,95 @@ def test_an_error_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_an_existing_folder_is_refused_or_replaced_at_the_end(tmp_path: Path) -> None:
-    (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "old").write_text("1")
+    old = model_folder(tmp_path / "x")
+
+    def fails() -> None:
+        with new_folder(tmp_path / "x", overwrite=True):
+            raise RuntimeError
+
     with pytest.raises(ModelFolderError, match="x: exists already"), new_folder(tmp_path / "x"):
         pass
-    with pytest.raises(RuntimeError), new_folder(tmp_path / "x", overwrite=True):
-        raise RuntimeError
-    assert (tmp_path / "x" / "old").exists()
+    with pytest.raises(RuntimeError):
+        fails()
+    assert old.exists()
     with new_folder(tmp_path / "x", overwrite=True) as unfinished:
         (unfinished / "new").write_text("2")
-        assert (tmp_path / "x" / "old").exists()
+        assert old.exists()
     assert [entry.name for entry in (tmp_path / "x").iterdir()] == ["new"]
+
+
+def model_folder(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    return folder / "config.json"
+
+
+@pytest.mark.parametrize("content", ["thesis.tex", "config.json"])
+def test_only_model_folders_are_ever_replaced(tmp_path: Path, content: str) -> None:
+    """Neither somebody's papers, nor a folder with folders inside, nor a file."""
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / content).write_text("1")
+    if content == "config.json":
+        (tmp_path / "x" / "inner").mkdir()
+    (tmp_path / "file").write_text("1")
+    for name in ("x", "file"):
+        with (
+            pytest.raises(ModelFolderError, match=r"is no model folder .*, so overwrite leaves it alone"),
+            new_folder(tmp_path / name, overwrite=True),
+        ):
+            pass
+    assert (tmp_path / "x" / content).exists()
+
+
+def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    with new_folder(tmp_path / "x", overwrite=True) as unfinished:
+        (unfinished / "a").write_text("1")
+    assert (tmp_path / "x" / "a").exists()
+
+
+def test_a_link_is_followed(tmp_path: Path) -> None:
+    model_folder(tmp_path / "real")
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for _ in range(2):
+        for name in ("link", "dangling"):
+            with new_folder(tmp_path / name, overwrite=True) as unfinished:
+                (unfinished / "config.json").write_text("{}")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["dangling", "link", "nowhere", "real"]
+    assert (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.parametrize(("output", "source"), [("a", "a"), ("a/b", "a"), ("a", "a/b"), ("c/../a", "a")])
+def test_overlaps(tmp_path: Path, output: str, source: str) -> None:
+    (tmp_path / "c").mkdir()
+    with pytest.raises(ModelFolderError, match="which is read here, or inside it, or around it"):
+        refuse_overlap(tmp_path / output, tmp_path / source)
+    refuse_overlap(tmp_path / "ab", tmp_path / "a")
+
+
+def test_an_interruption_between_the_two_renames_brings_the_old_folder_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, rename = model_folder(tmp_path / "x"), Path.rename
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if self.name == ".x.unfinished":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "x", overwrite=True):
+        pass
+    assert old.exists()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
+
+
+def test_what_a_crash_left_is_restored_before_anything_is_refused(tmp_path: Path) -> None:
+    model_folder(tmp_path / ".x.replaced")
+    with pytest.raises(ModelFolderError, match="exists already"), new_folder(tmp_path / "x"):
+        pass
+    assert (tmp_path / "x" / "config.json").exists()
 
 
 def test_a_second_writer_is_refused(tmp_path: Path) -> None:
@@ -66,11 +144,3 @@ def test_a_killed_writer_leaves_no_model_and_the_next_one_cleans_up(tmp_path: Pa
     with new_folder(tmp_path / "x") as unfinished:
         assert os.listdir(unfinished) == []
     assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
-
-
-def test_a_crash_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
-    (tmp_path / ".x.replaced").mkdir()
-    (tmp_path / ".x.replaced" / "old").write_text("1")
-    with pytest.raises(RuntimeError), new_folder(tmp_path / "x", overwrite=True):
-        raise RuntimeError
-    assert (tmp_path / "x" / "old").read_text() == "1"

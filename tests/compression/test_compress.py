@@ -16,6 +16,7 @@ import ders
 from ders.checkpoint import ModelFolderError, TensorFolder
 from ders.compression import compress, compress_folder, read_source
 from ders.models.bundle import ModelBundle, weights_sha256
+from ders.models.tiny import TinyLlava
 from ders.moe import SharedBaseMoE, moe_layers
 
 FORMS: dict[str, Callable[..., Any]] = {
@@ -182,13 +183,23 @@ def test_a_base_that_explains_nothing(pair: Any, tmp_path: Path, dense_model: Ca
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.normal_(std=0.02)
-    with pytest.raises(ValueError, match=r"layer 0 gate_proj: an expert differs from the base by 1\.\d times"):
+    with pytest.raises(ValueError, match=r"layer 0 gate_proj, expert 0: differs from the base by \d"):
         compress(model, other, delta=FORMS["svd"])
     assert not any(isinstance(layer, SharedBaseMoE) for layer in moe_layers(model).values())
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="it did not come from this base"):
         compress_folder(tmp_path / "moe", tmp_path / "out", base=tmp_path / "other", delta=FORMS["svd"])
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["moe", "other", "parent"]
+
+
+@pytest.mark.parametrize("base", ["parent", "mean"])
+@pytest.mark.filterwarnings("ignore:base=mean")
+def test_weights_that_are_not_finite_are_found_in_every_expert(pair: Any, base: str) -> None:
+    dense, model = pair()
+    with torch.no_grad():
+        next(iter(moe_layers(model).values())).experts.weights_EOI["up_proj"][2, 3, 4] = torch.nan
+    with pytest.raises(ValueError, match=r"layer 0 up_proj, expert \d: holds weights that are not finite"):
+        compress(model, dense if base == "parent" else "mean", delta=FORMS["svd"])
 
 
 def test_experts_that_share_nothing_are_warned_of(pair: Any) -> None:
@@ -244,10 +255,10 @@ def test_a_damaged_source_is_refused(pair: Any, tmp_path: Path) -> None:
         compress_folder(tmp_path / "sealed", tmp_path / "out", base="mean", delta=FORMS["svd"])
 
 
-@pytest.mark.parametrize("output", ["moe", "parent", "moe/inside"])
+@pytest.mark.parametrize("output", ["moe", "parent", "moe/inside", "."])
 def test_what_is_read_is_never_written(pair: Any, tmp_path: Path, output: str) -> None:
     pair()
-    with pytest.raises(ModelFolderError, match="itself or inside it, which is read here"):
+    with pytest.raises(ModelFolderError, match="which is read here, or inside it, or around it"):
         compress_folder(
             tmp_path / "moe", tmp_path / output, base=tmp_path / "parent", delta=FORMS["svd"], overwrite=True
         )
@@ -277,3 +288,49 @@ def test_progress_is_told_in_bytes(pair: Any, tmp_path: Path) -> None:
     assert told[-1][0] == told[-1][1]
     assert [done for done, _ in told] == sorted(done for done, _ in told)
     assert len({total for _, total in told}) == 1
+
+
+def test_a_vision_tower_with_the_same_names_and_shapes(tmp_path: Path) -> None:
+    """Phi's FFN and CLIP's are both `mlp.fc1`, `mlp.fc2`: only the decoder's is meant."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+    recipe = TinyLlava(
+        text={"model_type": "phi", **sizes, "num_key_value_heads": 4, "max_position_embeddings": 64},
+        vision={"image_size": 16, "patch_size": 8, **sizes},
+        feature_layer=-1,
+    )
+    torch.manual_seed(0)
+    dense = recipe.dense()
+    model = trained(dense)
+    dense.save_pretrained(tmp_path / "parent")
+    model.save_pretrained(tmp_path / "moe")
+    compress_folder(tmp_path / "moe", tmp_path / "out", base=tmp_path / "parent", delta=FORMS["quantize"])
+    compress(model, dense, delta=FORMS["quantize"])
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    pairs = zip(model.state_dict().values(), loaded.state_dict().values(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+    again = read_source(tmp_path / "out").layers[2]
+    assert torch.equal(again.base["fc1"].read(), dense.model.language_model.layers[2].mlp.fc1.weight)
+    ders.export(tmp_path / "out", tmp_path / "full", layout="vanilla")
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"num_experts": 3}, r"moe: config.json says num_experts=3, and .*gate_proj holds 4"),
+        ({"layers": []}, "names no MoE layers"),
+        ({"layers": [0, 1, 2]}, r"incomplete: no experts of layers \[1\]"),
+        ({"top_k": 9}, "top_k must be between 1 and num_experts=4"),
+        ({"format_version": 3}, "format_version 3 is not known"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_the_weights(
+    pair: Any, tmp_path: Path, entries: dict[str, Any], message: str
+) -> None:
+    pair()
+    file = tmp_path / "moe" / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"].update(entries)
+    file.write_text(json.dumps(config))
+    with pytest.raises(ModelFolderError, match=message):
+        compress_folder(tmp_path / "moe", tmp_path / "out", base=tmp_path / "parent", delta=FORMS["svd"])
+    assert not (tmp_path / "out").exists()

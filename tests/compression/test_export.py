@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import ders
 from ders.checkpoint import ModelFolderError
 from ders.compression import compress, compress_folder, read_source
-from ders.compression.export import export_folder
 from ders.models.bundle import ModelBundle, save_bundle
+from ders.models.exporting import export
 from ders.moe import moe_layers
 
 IDS = torch.randint(8, (2, 24), generator=torch.Generator().manual_seed(3))
@@ -124,7 +124,7 @@ def test_plain_transformers_computes_the_same(
         upcycling = {key: value for key, value in options.items() if key != "extended"}
         model = trained(parent_of(parent, dense_model), delta, extended, **upcycling)
         model.save_pretrained(tmp_path / name / "ours")
-        export_folder(tmp_path / name / "ours", tmp_path / name / "theirs", layout=layout)
+        export(tmp_path / name / "ours", tmp_path / name / "theirs", layout=layout)
         expected[name] = logits(model)
         if layout != "vanilla":
             folders[name] = tmp_path / name / "theirs"
@@ -137,7 +137,7 @@ def test_plain_transformers_computes_the_same(
         name = f"llava {layout}"
         bundle = ModelBundle(trained(copy.deepcopy(llava_model.model), layers="all"), llava_model.processor)
         save_bundle(bundle, tmp_path / name / "ours")
-        export_folder(tmp_path / name / "ours", tmp_path / name / "theirs", layout=layout)
+        export(tmp_path / name / "ours", tmp_path / name / "theirs", layout=layout)
         assert (tmp_path / name / "theirs" / "processor_config.json").exists()
         expected[name], folders[name] = logits(bundle.model), tmp_path / name / "theirs"
     found = plain_transformers(folders)
@@ -153,7 +153,7 @@ def test_there_and_back(layout: str, delta: Any, dense_model: Callable[..., Any]
     model = trained(dense_model("llama"), delta, layers="all")
     model.save_pretrained(tmp_path / "a")
     dense_model("llama").save_pretrained(tmp_path / "base")
-    export_folder(tmp_path / "a", tmp_path / "b", layout=layout)
+    export(tmp_path / "a", tmp_path / "b", layout=layout)
     compress_folder(tmp_path / "b", tmp_path / "c", base=tmp_path / "base", delta=LOSSLESS)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "c")
     assert loaded.config.model_type == "llama"
@@ -162,8 +162,8 @@ def test_there_and_back(layout: str, delta: Any, dense_model: Callable[..., Any]
 
 def test_a_universal_ffn_comes_back(dense_model: Callable[..., Any], tmp_path: Path) -> None:
     trained(dense_model("qwen2"), None, universal=True).save_pretrained(tmp_path / "a")
-    export_folder(tmp_path / "a", tmp_path / "b", layout="qwen2_moe")
-    export_folder(tmp_path / "b", tmp_path / "c", layout="vanilla")
+    export(tmp_path / "a", tmp_path / "b", layout="qwen2_moe")
+    export(tmp_path / "b", tmp_path / "c", layout="vanilla")
     a, c = (load_file(tmp_path / name / "model.safetensors") for name in "ac")
     assert a.keys() == c.keys()
     assert all(torch.equal(a[name], c[name]) for name in a)
@@ -173,7 +173,7 @@ def test_a_universal_ffn_comes_back(dense_model: Callable[..., Any], tmp_path: P
 def test_half_precision_is_merged_in_fp32_and_rounded_once(dense_model: Callable[..., Any], tmp_path: Path) -> None:
     model = trained(dense_model("llama").to(torch.bfloat16), SPARSE, layers="all")
     model.save_pretrained(tmp_path / "a")
-    export_folder(tmp_path / "a", tmp_path / "b", layout="mixtral")
+    export(tmp_path / "a", tmp_path / "b", layout="mixtral")
     written = load_file(tmp_path / "b" / "model.safetensors")
     layer = moe_layers(model)["model.layers.2.mlp"]
     for name, theirs in {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}.items():
@@ -184,20 +184,10 @@ def test_half_precision_is_merged_in_fp32_and_rounded_once(dense_model: Callable
     assert torch.equal(gate, layer.router.weight.bfloat16())
 
 
-def test_another_type_on_request(dense_model: Callable[..., Any], tmp_path: Path) -> None:
-    trained(dense_model("llama"), SPARSE).save_pretrained(tmp_path / "a")
-    export_folder(tmp_path / "a", tmp_path / "b", layout="vanilla", dtype=torch.bfloat16)
-    written = load_file(tmp_path / "b" / "model.safetensors")
-    kinds = {name: tensor.dtype for name, tensor in written.items()}
-    assert {kind for name, kind in kinds.items() if "router" not in name} == {torch.bfloat16}
-    assert {kind for name, kind in kinds.items() if "router" in name} == {torch.float32}
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "b").dtype == torch.bfloat16
-
-
 def test_progress_is_in_bytes(dense_model: Callable[..., Any], tmp_path: Path) -> None:
     trained(dense_model("llama"), SPARSE).save_pretrained(tmp_path / "a")
     seen: list[tuple[int, int]] = []
-    size = export_folder(tmp_path / "a", tmp_path / "b", layout="vanilla", progress=lambda *now: seen.append(now))
+    size = export(tmp_path / "a", tmp_path / "b", layout="vanilla", progress=lambda *now: seen.append(now)).num_bytes
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert seen[-1] == (size, size)
     held = sum(tensor.nbytes for tensor in load_file(tmp_path / "b" / "model.safetensors").values())
@@ -245,7 +235,7 @@ def test_what_a_layout_cannot_express(
     ders.upcycle(model, **options)
     model.save_pretrained(tmp_path / "a")
     with pytest.raises(ModelFolderError, match=message):
-        export_folder(tmp_path / "a", tmp_path / "b", layout=layout)
+        export(tmp_path / "a", tmp_path / "b", layout=layout)
     assert [file.name for file in tmp_path.iterdir()] == ["a"]
 
 
@@ -258,13 +248,13 @@ def test_another_router_has_no_stock_form(dense_model: Callable[..., Any], tmp_p
     config["quantization_config"]["router"] = {"name": "SomeRouter"}
     file.write_text(json.dumps(config))
     with pytest.raises(ModelFolderError, match=r"its router is SomeRouter.*layout=vanilla can"):
-        export_folder(tmp_path / "a", tmp_path / "b", layout="qwen2_moe")
+        export(tmp_path / "a", tmp_path / "b", layout="qwen2_moe")
 
 
 def test_an_output_is_replaced_only_on_request(dense_model: Callable[..., Any], tmp_path: Path) -> None:
     trained(dense_model("llama"), SPARSE).save_pretrained(tmp_path / "a")
-    export_folder(tmp_path / "a", tmp_path / "b", layout="vanilla")
+    export(tmp_path / "a", tmp_path / "b", layout="vanilla")
     with pytest.raises(ModelFolderError, match="exists already"):
-        export_folder(tmp_path / "a", tmp_path / "b", layout="qwen2_moe")
-    export_folder(tmp_path / "a", tmp_path / "b", layout="qwen2_moe", overwrite=True)
+        export(tmp_path / "a", tmp_path / "b", layout="qwen2_moe")
+    export(tmp_path / "a", tmp_path / "b", layout="qwen2_moe", overwrite=True)
     assert json.loads((tmp_path / "b" / "config.json").read_text())["model_type"] == "qwen2_moe"

@@ -26,7 +26,7 @@ from transformers import (
 import ders
 from ders.checkpoint import ModelFolderError
 from ders.compression import compress_folder, read_source
-from ders.compression.export import export_folder
+from ders.models.exporting import export
 from ders.moe import moe_layers
 
 SMALL: dict[str, Any] = {
@@ -77,7 +77,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def as_vanilla(folder: Path, output: Path) -> Any:
-    export_folder(folder, output, layout="vanilla")
+    export(folder, output, layout="vanilla")
     return AutoModelForCausalLM.from_pretrained(output)
 
 
@@ -166,7 +166,7 @@ def test_a_llava_around_a_mixtral(tmp_path: Path) -> None:
     config = LlavaConfig(vision_config=vision, text_config=mixtral().config, image_token_index=60)
     model = randomized(LlavaForConditionalGeneration(config))
     model.save_pretrained(tmp_path / "stock")
-    export_folder(tmp_path / "stock", tmp_path / "ours", layout="vanilla")
+    export(tmp_path / "stock", tmp_path / "ours", layout="vanilla")
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "ours")
     assert len(moe_layers(loaded)) == 3
     inputs = {"input_ids": torch.tensor([[1, *[60] * 4, 5, 6]]), "pixel_values": torch.randn(1, 3, 16, 16)}
@@ -322,7 +322,7 @@ def test_moe_llava(family: str, dense_model: Callable[..., Any], tmp_path: Path)
         dense = randomized(AutoModelForCausalLM.from_config(AutoConfig.for_model(**dense.config.to_dict() | entries)))
     model = moe_llava(dense, tmp_path / "theirs")
     with pytest.warns(UserWarning, match=r"left out: model\.image_tower, model\.mm_projector"):
-        export_folder(tmp_path / "theirs", tmp_path / "ours", layout="vanilla")
+        export(tmp_path / "theirs", tmp_path / "ours", layout="vanilla")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     assert loaded.config.model_type == family
     router = moe_layers(loaded)["model.layers.2.mlp"].router

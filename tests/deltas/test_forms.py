@@ -1,7 +1,11 @@
+import copy
+import functools
+from typing import Any
+
 import pytest
 import torch
 
-from ders.deltas import LowRankDelta, SparseDelta
+from ders.deltas import LowRankDelta, QuantizedDelta, SparseDelta
 
 
 @pytest.mark.parametrize("sparsity", [1.0, 1.2, -0.1])
@@ -52,3 +56,39 @@ def test_low_rank_fit_is_the_best_of_its_rank() -> None:
     error = (LowRankDelta(1, 9, 7, rank=3).double().fit_(target).dense(0) - target[0]).square().sum()
     discarded = torch.linalg.svdvals(target[0])[3:].square().sum()
     torch.testing.assert_close(error, discarded)
+
+
+@pytest.mark.parametrize("std", [1e-2, 1e-4, 1e-6])
+@pytest.mark.parametrize(
+    "make",
+    [
+        functools.partial(QuantizedDelta, bits=8),
+        functools.partial(QuantizedDelta, bits=8, symmetric=True),
+        functools.partial(SparseDelta, sparsity=0.5, values_bits=8, selection="magnitude"),
+    ],
+)
+def test_small_deltas_survive_every_type(make: Any, std: float) -> None:
+    """fp16 has no name for the grids of small deltas, so they are never held or computed in it."""
+    torch.manual_seed(0)
+    delta = make(2, 24, 64).fit_(torch.randn(2, 24, 64) * std)
+    exact = [delta.dense(e) for e in range(2)]
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        cast = copy.deepcopy(delta).to(dtype)
+        pairs = zip(cast.state_dict().values(), delta.state_dict().values(), strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs)
+        x, expert = torch.randn(9, 64).to(dtype), torch.randint(2, (9,))
+        expected = torch.einsum("soi,si->so", torch.stack(exact).to(dtype).double()[expert], x.double())
+        error = (cast(x, expert).double() - expected).norm() / expected.norm()
+        # A product that is itself too small for fp16 is not the delta's fault.
+        assert error < 4 * torch.finfo(dtype).eps + 1e-6 or (dtype == torch.float16 and std < 1e-5)
+
+
+def test_gradients_in_half_precision_do_not_drift_with_the_rows() -> None:
+    torch.manual_seed(0)
+    delta = QuantizedDelta(1, 4096, 64, bits=4).fit_(torch.randn(1, 4096, 64))
+    x = torch.randn(5, 64, dtype=torch.bfloat16, requires_grad=True)
+    upstream = torch.randn(5, 4096, dtype=torch.bfloat16)
+    delta(x, torch.zeros(5, dtype=torch.int64)).backward(upstream)
+    assert x.grad is not None
+    exact = upstream.double() @ delta.dense(0).double()
+    assert (x.grad.double() - exact).norm() / exact.norm() < 5e-3

@@ -59,7 +59,7 @@ def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(33, 24)
     for groups in (1, 33, 99):
         at_once = quantize(x, 3, groups, "uniform", False)
-        monkeypatch.setattr(quantization, "_BLOCK", 100)
+        monkeypatch.setattr(quantization, "BLOCK", 100)
         in_blocks = quantize(x, 3, groups, "uniform", False)
         monkeypatch.undo()
         assert all(torch.equal(a, b) for a, b in zip(at_once, in_blocks, strict=True))

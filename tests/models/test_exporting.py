@@ -12,6 +12,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 import ders
 from ders.checkpoint import ModelFolderError, Piece
 from ders.compression import compress, own
+from ders.compression.layouts import LAYOUTS
 from ders.models import exporting
 from ders.models.bundle import ModelBundle, save_bundle
 from ders.moe import moe_layers
@@ -92,7 +93,7 @@ def test_a_wrong_export_never_appears(
     dense_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = checkpoint(tmp_path / "a", dense_model(), dense_model(), layers="all")
-    right = exporting.plan
+    right = LAYOUTS["mixtral"]
 
     def wrong(*arguments: Any) -> Any:
         planned = right(*arguments)
@@ -100,11 +101,11 @@ def test_a_wrong_export_never_appears(
         return planned
 
     (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "earlier").touch()
-    monkeypatch.setattr(exporting, "plan", wrong)
+    (tmp_path / "b" / "config.json").write_text("earlier")
+    monkeypatch.setitem(LAYOUTS, "mixtral", wrong)
     with pytest.raises(ModelFolderError, match=r"logits \(up to .*\) differ by"):
         exporting.export(folder, tmp_path / "b", layout="mixtral", overwrite=True)
-    assert [file.name for file in (tmp_path / "b").iterdir()] == ["earlier"]
+    assert (tmp_path / "b" / "config.json").read_text() == "earlier"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a", "b"]
 
 

@@ -10,17 +10,21 @@ from filelock import FileLock, Timeout
 
 from ders.checkpoint.errors import ModelFolderError
 
+# A folder that holds one of these, and no folder, is a model or an adapter: only such a one is ever replaced.
+_OF_A_MODEL = ("config.json", "adapter_config.json")
+
 
 def refuse_overlap(output: Path, *inputs: Path) -> None:
-    """An output must be another folder than what it is made from, and not lie inside it.
+    """An output must be another folder than what it is made from: not that itself, not inside it, not around it.
 
     Raises:
-        ModelFolderError: it is, or does.
+        ModelFolderError: it is.
     """
     for folder in inputs:
-        if output.resolve().is_relative_to(folder.resolve()):
+        one, other = output.resolve(), folder.resolve()
+        if one.is_relative_to(other) or other.is_relative_to(one):
             raise ModelFolderError(
-                f"{output}: is {folder} itself or inside it, which is read here. Choose another output"
+                f"{output}: is {folder}, which is read here, or inside it, or around it. Choose another output"
             )
 
 
@@ -28,15 +32,14 @@ def refuse_overlap(output: Path, *inputs: Path) -> None:
 def new_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yields an empty folder to fill; leaving the block syncs it to the disk and gives it its name.
 
-    On an error what was written is removed. What a killed process left is removed when the same folder is written
-    again; it bears the name `.<folder>.unfinished`, which no loader takes for a model.
+    On an error what was written is removed, and what was there before stays. What a killed process left is removed
+    when the same folder is written again; it bears the name `.<folder>.unfinished`, which no loader takes for a model.
 
     Raises:
-        ModelFolderError: the folder exists (unless `overwrite`, which then replaces it at the very end), or another
-            process is writing it.
+        ModelFolderError: the folder exists (unless `overwrite`, which replaces a model or adapter folder, and nothing
+            else, at the very end), or another process is writing it.
     """
-    folder = Path(os.path.abspath(folder))
-    _refuse_existing(folder, overwrite)
+    folder = Path(folder).resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     replaced = folder.with_name(f".{folder.name}.replaced")
@@ -48,29 +51,44 @@ def new_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
             f"{folder}: another process is writing it. Wait for it, or choose another folder"
         ) from None
     try:
-        _refuse_existing(folder, overwrite)  # a process we waited for may just have written it
-        if replaced.exists() and not folder.exists():  # an earlier attempt stopped between the two renames
-            replaced.rename(folder)
+        _restore(replaced, folder)
+        _refuse_existing(folder, overwrite)
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
         yield unfinished
         for file in (*unfinished.rglob("*"), unfinished):
             _sync(file)
-        shutil.rmtree(replaced, ignore_errors=True)
         if folder.exists():
             folder.rename(replaced)
         unfinished.rename(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
         _sync(folder.parent)
     finally:
+        _restore(replaced, folder)
         shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
 
 
+def _restore(replaced: Path, folder: Path) -> None:
+    """What was stopped between the two renames is undone; after the second, the old folder is no longer needed."""
+    if replaced.exists() and not folder.exists():
+        replaced.rename(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
 def _refuse_existing(folder: Path, overwrite: bool) -> None:
-    if folder.exists() and not overwrite:
+    if not folder.exists():
+        return
+    if not overwrite:
         raise ModelFolderError(f"{folder}: exists already. Choose another folder, remove it, or set overwrite=true")
+    entries = list(folder.iterdir()) if folder.is_dir() else []
+    known = any((folder / name).is_file() for name in _OF_A_MODEL) and not any(entry.is_dir() for entry in entries)
+    if not folder.is_dir() or (entries and not known):
+        raise ModelFolderError(
+            f"{folder}: is no model folder (config.json and files, no folders), so overwrite leaves it alone. Choose "
+            "another folder, or remove it yourself"
+        )
 
 
 def _sync(path: Path) -> None:

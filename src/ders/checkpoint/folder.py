@@ -106,23 +106,26 @@ class TensorFolder:
         """sha256 of all tensors by content: the same for any sharding of the same weights."""
         return combine(digests(self.pieces.values()))
 
-    def verify(self) -> int:
-        """Check every sealed shard against its seal; returns how many there were.
+    def verify(self) -> str | None:
+        """Check every sealed shard against its seal; returns the sha256 of all contents, or None if a shard has none.
 
         Files that other tools wrote bear no seal: they were checked for completeness when they were opened.
 
         Raises:
             ModelFolderError: the bytes of a shard are not those that were written.
         """
+        contents: list[bytes] = []
         for file, expected in self.seals.items():
             names = self.names_in[file]
-            found = seal(zip(names, digests(self.pieces[name] for name in names), strict=True))
+            own = list(digests(self.pieces[name] for name in names))
+            contents += own
+            found = seal(zip(names, own, strict=True))
             if found != expected:
                 raise ModelFolderError(
                     f"{file}: damaged: its contents have sha256 {found[:16]}…, and {expected[:16]}… was written. "
                     "Copy or compress it again"
                 )
-        return len(self.seals)
+        return combine(contents) if len(self.seals) == len(self.files) else None
 
 
 def read_config_json(folder: Path) -> dict[str, Any]:
@@ -133,9 +136,11 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     """
     file = Path(folder) / "config.json"
     try:
-        config: dict[str, Any] = json.loads(file.read_text())
+        config = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise ModelFolderError(f"{file}: missing or unreadable: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelFolderError(f"{file}: is not a configuration: expected an object, found {type(config).__name__}")
     return config
 
 
@@ -150,7 +155,7 @@ def _files(folder: Path) -> list[Path]:
         return files
     try:
         named = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ModelFolderError(f"{index}: unreadable: {error}") from error
     files = [folder / name for name in named]
     for file in files:

@@ -175,7 +175,7 @@ def _provenance(prepared: PreparedData, parent: Path) -> dict[str, Any]:
         "data_hash": prepared.data_hash,
         "split": "train",
         "prompt": vars(Template()),
-        "parent": str(parent),
+        "parent": str(parent.resolve()),
         "parent_sha256": weights_sha256(parent),
     }
 

@@ -1,6 +1,5 @@
 """Is this MoE compressible? Reads a trained MoE from disk, one projection of one layer at a time."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ from ders.checkpoint import ModelFolderError, Piece, TensorFolder
 from ders.compression.compress import mean_of
 from ders.compression.findings import Analysis, BaseChoice, LayerFindings, MatrixFindings, Spectrum
 from ders.compression.reading import read_source
-from ders.compression.source import MoESource, dense_ffns
+from ders.compression.source import MoESource, Progress, cast, dense_ffns
 from ders.compression.statistics import (
     SKETCH_RANK,
     captured_energy,
@@ -24,8 +23,6 @@ from ders.compression.statistics import (
 from ders.compression.verdict import judge
 
 SPECTRA = ("sketch", "full", "none")
-
-Progress = Callable[[int, int], None]
 
 
 def analyze_folder(
@@ -105,15 +102,9 @@ def _choose_base(source: MoESource, base: Path | str | None) -> tuple[BaseChoice
 
 
 def _dense(source: MoESource, folder: Path) -> dict[int, dict[str, Piece]]:
-    layer = next(iter(source.layers.values()))
-    shapes = {name: stack[0].shape for name, stack in layer.experts.items()}
-    found = dense_ffns(TensorFolder(folder), source.family, source.upcycling.layers, shapes)
+    found = dense_ffns(TensorFolder(folder), source)
     # Experts began as the base in their own type: what that rounded away is no part of a delta.
-    return {index: {name: _cast(p, source.dtype) for name, p in pieces.items()} for index, pieces in found.items()}
-
-
-def _cast(piece: Piece, dtype: torch.dtype) -> Piece:
-    return piece if piece.dtype == dtype else Piece(dtype, piece.shape, lambda: piece.read().to(dtype))
+    return {index: {name: cast(p, source.dtype) for name, p in pieces.items()} for index, pieces in found.items()}
 
 
 def _look(base_OI: Tensor, experts: list[Tensor], where: str, spectrum: str, closer: bool) -> MatrixFindings:

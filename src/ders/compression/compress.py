@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ders.deltas import Delta
+from ders.kernels import row_blocks
 from ders.moe import SharedBaseMoE, VanillaMoE, moe_layers
 from ders.upcycling import Upcycling, delta_maker, describe_delta, find_decoder
 
@@ -26,7 +28,7 @@ class CompressionSummary:
         upcycling: what the compressed model is.
         expert_bytes: of the experts before, universal FFNs included where they were compressed.
         base_bytes, delta_bytes: of what took their place: shared bases; deltas and biases.
-        relative_delta: the largest ‖W_e − W_base‖ / ‖W_base‖ met, of first experts.
+        relative_delta: the largest ‖W_e − W_base‖ / ‖W_base‖ met.
     """
 
     upcycling: Upcycling
@@ -137,14 +139,14 @@ def section_of(model: nn.Module) -> dict[str, Any]:
 
 
 def fit(delta: Delta, experts: Iterable[Tensor], base_OI: Tensor, where: str, base: object) -> float:
-    """Fit a delta to experts (O, I) over a base, expert by expert; returns ‖W_0 − W_base‖ / ‖W_base‖.
+    """Fit a delta to experts (O, I) over a base, one by one; returns the largest ‖W_e − W_base‖ / ‖W_base‖.
 
     Raises:
-        ValueError: shapes differ, or the base has nothing to do with the experts.
+        ValueError: shapes differ, a weight is not finite, or the base has nothing to do with an expert.
     """
     wide_OI = base_OI.to(torch.promote_types(base_OI.dtype, torch.float32))
     difference_OI = torch.empty_like(wide_OI)
-    relative = 0.0
+    largest, scale = 0.0, float(wide_OI.norm())
     for expert, weight_OI in enumerate(experts):
         if weight_OI.shape != base_OI.shape:
             raise ValueError(
@@ -152,31 +154,30 @@ def fit(delta: Delta, experts: Iterable[Tensor], base_OI: Tensor, where: str, ba
                 "is not the dense model they came from"
             )
         # Block by block, so that what was widened is still in the cache when it is subtracted from.
-        step = max(1, (1 << 17) // base_OI.shape[1])
-        for start in range(0, len(base_OI), step):
-            rows = slice(start, start + step)
+        for rows in row_blocks(*base_OI.shape):
             difference_OI[rows].copy_(weight_OI[rows]).sub_(wide_OI[rows])
-        if expert == 0:
-            relative = float(difference_OI.norm() / wide_OI.norm())
-            _refuse_unrelated(relative, where, base)
+        relative = float(difference_OI.norm()) / scale if scale else math.inf
+        _refuse_unrelated(relative, f"{where}, expert {expert}", base)
+        largest = max(largest, relative)
         delta.fit_expert_(expert, difference_OI)
-    return relative
+    return largest
 
 
 def _refuse_unrelated(relative: float, where: str, base: object) -> None:
-    # Written so that NaN, from damaged weights, is refused too.
+    if math.isnan(relative):
+        raise ValueError(f"{where}: holds weights that are not finite. The folder, or its base, is damaged")
     if relative < UNRELATED:
         return
     if base == "mean":
         warnings.warn(
-            f"{where}: experts differ from their mean by {relative:.2g} times its norm: they have little in common, "
+            f"{where}: differs from the experts' mean by {relative:.2g} times its norm: they have little in common, "
             "and compression will cost quality",
             stacklevel=2,
         )
         return
     raise ValueError(
-        f"{where}: an expert differs from the base by {relative:.2g} times the base's norm: it did not come from this "
-        "base. Give the dense model it was upcycled from, or base=mean"
+        f"{where}: differs from the base by {relative:.2g} times the base's norm: it did not come from this base. Give "
+        "the dense model it was upcycled from, or base=mean"
     )
 
 

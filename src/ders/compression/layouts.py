@@ -11,8 +11,8 @@ import torch
 
 from ders.checkpoint import ModelFolderError, Piece, Slot
 from ders.compression.own import as_vanilla
-from ders.compression.source import MoELayerSource, MoESource, text_config
-from ders.compression.stock import MIXTRAL_NAMES, PROJECTIONS, cast, derived
+from ders.compression.source import MoELayerSource, MoESource, cast, text_config
+from ders.compression.stock import MIXTRAL_NAMES, PROJECTIONS, derived
 from ders.compression.stock_configs import sliding_entries, sliding_layers, translated, with_defaults, with_text
 
 # Of a shared expert that adds nothing: other engines refuse an empty one.

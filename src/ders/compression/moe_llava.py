@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from ders.checkpoint import ModelFolderError, Piece, TensorFolder
-from ders.compression.source import MoELayerSource, MoESource, family_of
-from ders.compression.stock import cast
+from ders.compression.source import MoELayerSource, MoESource, cast, family_of
 from ders.upcycling import Family, Upcycling
 
 # The dense class a `model_type` of theirs is made from.

@@ -28,13 +28,13 @@ def read_own(tensors: TensorFolder) -> MoESource:
         upcycling = Upcycling.from_section(section)
     except ValueError as error:
         raise ModelFolderError(f"{tensors.folder}: {error}") from error
+    if not upcycling.layers:
+        raise ModelFolderError(f"{tensors.folder}: config.json names no MoE layers: nothing to read")
     family = family_of(config, tensors.folder)
     inner = (
         _INNER if upcycling.delta is None else "|".join([_INNER, *(rf"{p}\.weight" for p in family.ffn.projections)])
     )
     found = {i: named for i, named in by_layer(list(tensors.pieces), family, inner).items() if i in upcycling.layers}
-    # A vision tower's layers bear like names; only the decoder's have a router.
-    found = {i: (prefix, names) for i, (prefix, names) in found.items() if any(n.startswith("router.") for n in names)}
     if tuple(sorted(found)) != upcycling.layers:
         missing = sorted(set(upcycling.layers) - set(found))
         raise ModelFolderError(f"{tensors.folder}: incomplete: no experts of layers {missing}, which config.json names")
@@ -56,6 +56,11 @@ def _layer(
         if key not in pieces:
             raise ModelFolderError(f"{tensors.folder}: incomplete: lacks {prefix}.{key}")
         if upcycling.delta is None:
+            if pieces[key].shape[0] != upcycling.num_experts:
+                raise ModelFolderError(
+                    f"{tensors.folder}: config.json says num_experts={upcycling.num_experts}, and {prefix}.{key} holds "
+                    f"{pieces[key].shape[0]}"
+                )
             layer.experts[name] = [pieces[key][e] for e in range(upcycling.num_experts)]
         else:
             layer.base[name] = pieces[key]
@@ -74,12 +79,16 @@ def _synthesised(
     start = f"experts.deltas.{name}."
     stored = {key.removeprefix(start): piece for key, piece in pieces.items() if key.startswith(start)}
     count = upcycling.num_experts + upcycling.extended
-    with torch.device("meta"):
-        shapes = delta_maker(upcycling, index, base.dtype)(name, count, *base.shape).state_dict()
-    if {k: tuple(v.shape) for k, v in shapes.items()} != {k: p.shape for k, p in stored.items()}:
+    try:
+        with torch.device("meta"):
+            described = delta_maker(upcycling, index, base.dtype)(name, count, *base.shape).state_dict()
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelFolderError(f"{tensors.folder}: config.json describes a delta that cannot be: {error}") from error
+    expected, found = {k: tuple(v.shape) for k, v in described.items()}, {k: p.shape for k, p in stored.items()}
+    if expected != found:
         raise ModelFolderError(
             f"{tensors.folder}: the tensors of {prefix}.{start}* do not fit what config.json says: expected "
-            f"{sorted(shapes)}, found {sorted(stored)}"
+            f"{expected}, found {found}"
         )
     loaded: list[Delta] = []
 

@@ -26,6 +26,7 @@ def read_source(folder: Path) -> MoESource:
     """
     _refuse_pickles(folder)
     tensors = TensorFolder(folder)
+    tensors.verify()
     for fits, read in READERS.values():
         if fits(tensors):
             return read(tensors)

@@ -1,7 +1,7 @@
 """A trained MoE on disk, whatever its layout, as experts, routers and everything else."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,13 @@ import torch
 
 from ders.checkpoint import ModelFolderError, Piece, TensorFolder
 from ders.upcycling import Family, Upcycling, require_family
+
+Progress = Callable[[int, int], None]
+
+
+def cast(piece: Piece, dtype: torch.dtype) -> Piece:
+    """A piece in another type; as it is where it has that type already."""
+    return piece if piece.dtype == dtype else Piece(dtype, piece.shape, lambda: piece.read().to(dtype))
 
 
 @dataclass
@@ -74,23 +81,30 @@ def family_of(config: dict[str, Any], folder: Path) -> Family:
 
 
 def by_layer(names: Iterable[str], family: Family, inner: str) -> dict[int, tuple[str, dict[str, str]]]:
-    """Names whose part inside a layer's FFN matches `inner`, by layer: (prefix, {inner name: whole name})."""
+    """Names of MoE layers' tensors that match `inner` inside the layer: (prefix, {inner name: whole name}) by layer.
+
+    A vision tower's FFNs can bear the very same names; only the decoder's MoE layers have a router.
+    """
     pattern = re.compile(rf"(.*\b{family.layers}\.(\d+)\.{family.mlp})\.({inner})$")
-    found: dict[int, tuple[str, dict[str, str]]] = {}
+    found: dict[tuple[str, int], dict[str, str]] = {}
     for name in sorted(names):
         if match := pattern.match(name):
-            found.setdefault(int(match[2]), (match[1], {}))[1][match[3]] = name
-    return found
+            found.setdefault((match[1], int(match[2])), {})[match[3]] = name
+    return {
+        index: (prefix, names)
+        for (prefix, index), names in found.items()
+        if any(name.startswith("router.") for name in names)
+    }
 
 
-def dense_ffns(
-    tensors: TensorFolder, family: Family, indices: tuple[int, ...], shapes: dict[str, tuple[int, ...]]
-) -> dict[int, dict[str, Piece]]:
-    """The FFN matrices of a dense model's text decoder, by layer and projection.
+def dense_ffns(tensors: TensorFolder, source: MoESource) -> dict[int, dict[str, Piece]]:
+    """The FFN matrices of a dense model's text decoder that a MoE's layers came from, by layer and projection.
 
     Raises:
         ModelFolderError: it lacks one, or one has another shape than the experts.
     """
+    family, (index, layer) = source.family, next(iter(source.layers.items()))
+    shapes = {name: stack[0].shape for name, stack in layer.experts.items()}
     weights = "|".join(rf"{name}\.weight" for name in family.ffn.projections)
     pattern = re.compile(rf"(.*\b{family.layers})\.(\d+)\.{family.mlp}\.({weights})$")
     by_prefix: dict[str, dict[tuple[int, str], Piece]] = {}
@@ -98,17 +112,19 @@ def dense_ffns(
         if match := pattern.match(name):
             key = int(match[2]), match[3].removesuffix(".weight")
             by_prefix.setdefault(match[1], {})[key] = piece
-    wanted = [(index, name) for index in indices for name in family.ffn.projections]
-    # A vision tower has such names too: only the decoder has all the layers, in the experts' shapes.
-    fitting = [
-        found
-        for found in by_prefix.values()
+    wanted = [(i, name) for i in source.layers for name in family.ffn.projections]
+    fitting = {
+        prefix: found
+        for prefix, found in by_prefix.items()
         if all(key in found and found[key].shape == shapes[key[1]] for key in wanted)
-    ]
-    if len(fitting) != 1:
+    }
+    # A vision tower can have like names and shapes: the MoE's own prefix decides, where the parent has it too.
+    own = layer.prefix.removesuffix(f".{index}.{family.mlp}")
+    found = fitting.get(own) or (next(iter(fitting.values())) if len(fitting) == 1 else None)
+    if found is None:
         raise ModelFolderError(
-            f"{tensors.folder}: not the dense model these experts came from: it has no FFN matrices "
+            f"{tensors.folder}: not the dense model these experts came from: it has {len(fitting) or 'no'} FFNs with "
             + ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-            + f" in layers {', '.join(map(str, indices))}"
+            + f" in layers {', '.join(map(str, source.layers))}"
         )
-    return {index: {name: fitting[0][index, name] for name in family.ffn.projections} for index in indices}
+    return {i: {name: found[i, name] for name in family.ffn.projections} for i in source.layers}

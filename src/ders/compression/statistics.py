@@ -8,22 +8,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ders.kernels import dequantize, quantize
+from ders.kernels import dequantize, quantize, row_blocks
 
-# Entries of a matrix worked on at once: few enough to stay in a core's cache.
-_BLOCK = 1 << 17
 # What is measured on samples: so many entries, so many rows.
 _ENTRIES, _ROWS = 1 << 18, 256
 # A sketch finds this many leading directions, and draws some more to find them well.
 SKETCH_RANK, _OVERSAMPLING = 64, 16
 SPARSITIES = (0.5, 0.9, 0.99)
 BITS = (8, 4, 2, 1)
-
-
-def _rows(base_OI: Tensor) -> Iterator[slice]:
-    step = max(1, _BLOCK // base_OI.shape[1])
-    for start in range(0, len(base_OI), step):
-        yield slice(start, min(start + step, len(base_OI)))
 
 
 def power_sums(base_OI: Tensor, experts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -35,9 +27,9 @@ def power_sums(base_OI: Tensor, experts: Sequence[Tensor]) -> tuple[Tensor, Tens
     wide = torch.promote_types(base_OI.dtype, torch.float32)
     gram_FF = torch.zeros(len(experts) + 1, len(experts) + 1, dtype=torch.float64)
     sums_E4 = torch.zeros(len(experts), 4, dtype=torch.float64)
-    largest = next(_rows(base_OI)).stop * base_OI.shape[1]
+    largest = next(row_blocks(*base_OI.shape)).stop * base_OI.shape[1]
     buffer_F, squares = torch.empty(len(experts) + 1, largest, dtype=wide), torch.empty(largest, dtype=wide)
-    for rows in _rows(base_OI):
+    for rows in row_blocks(*base_OI.shape):
         size = (rows.stop - rows.start) * base_OI.shape[1]
         block_F, square = buffer_F[:, :size], squares[:size]
         block_F[0].copy_(base_OI[rows].reshape(-1))
@@ -86,7 +78,7 @@ def deltas(base_OI: Tensor, experts: Sequence[Tensor]) -> Iterator[Tensor]:
     """Each W_e − W_base in fp32, all in the same buffer: use one before asking for the next."""
     buffer_OI = torch.empty(base_OI.shape, dtype=torch.promote_types(base_OI.dtype, torch.float32))
     for weight_OI in experts:
-        for rows in _rows(base_OI):
+        for rows in row_blocks(*base_OI.shape):
             buffer_OI[rows].copy_(weight_OI[rows]).sub_(base_OI[rows])
         yield buffer_OI
 

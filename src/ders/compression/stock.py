@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ders.checkpoint import ModelFolderError, Piece, TensorFolder
-from ders.compression.source import MoELayerSource, MoESource, family_of, text_config
+from ders.compression.source import MoELayerSource, MoESource, cast, family_of, text_config
 from ders.compression.stock_configs import sliding_entries, sliding_layers, translated, with_defaults, with_text
 from ders.upcycling import Upcycling
 
@@ -23,10 +23,6 @@ _LAYER = re.compile(rf"(.*\blayers\.(\d+))\.(?:mlp|block_sparse_moe)\.({_PARTS})
 def derived(piece: Piece, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> Piece:
     """A piece that is changed when read, its shape kept."""
     return Piece(dtype or piece.dtype, piece.shape, lambda: change(piece.read()))
-
-
-def cast(piece: Piece, dtype: torch.dtype) -> Piece:
-    return piece if piece.dtype == dtype else derived(piece, lambda tensor: tensor.to(dtype), dtype)
 
 
 def is_mixtral(tensors: TensorFolder) -> bool:

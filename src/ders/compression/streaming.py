@@ -20,11 +20,9 @@ from ders.checkpoint import (
 )
 from ders.compression.compress import CompressionSummary, compressed_form, fit, mean_of, warn_of_mean
 from ders.compression.reading import read_source
-from ders.compression.source import MoELayerSource, MoESource, dense_ffns
+from ders.compression.source import MoELayerSource, MoESource, Progress, cast, dense_ffns
 from ders.deltas import Delta
 from ders.upcycling import Upcycling, delta_maker
-
-Progress = Callable[[int, int], None]
 
 
 def compress_folder(
@@ -56,7 +54,6 @@ def compress_folder(
     inputs = [Path(checkpoint), *([] if base == "mean" else [Path(base)])]
     refuse_overlap(Path(output), *inputs)
     source = read_source(Path(checkpoint))
-    TensorFolder(source.folder).verify()
     upcycling = compressed_form(source.upcycling, delta, extended)
     bases, base_sha256 = _bases(source, base)
     with new_folder(Path(output), overwrite=overwrite) as unfinished:
@@ -92,21 +89,14 @@ def _bases(source: MoESource, base: Path | str) -> tuple[dict[int, dict[str, Pie
             for index, layer in source.layers.items()
         }, None
     tensors = TensorFolder(Path(base))
-    layer = next(iter(source.layers.values()))
-    found = dense_ffns(
-        tensors, source.family, source.upcycling.layers, {n: stack[0].shape for n, stack in layer.experts.items()}
-    )
+    found = dense_ffns(tensors, source)
     sha256, expected = tensors.content_sha256(), source.provenance.get("parent_sha256")
     if expected is not None and sha256 != expected:
         raise ModelFolderError(
             f"{base}: not the parent of {source.folder}: its weights have sha256 {sha256[:16]}…, and the model came "
             f"from {expected[:16]}… ({source.provenance.get('parent')}). Give that folder, or base=mean"
         )
-
-    def cast(piece: Piece) -> Piece:
-        return piece if piece.dtype == dtype else Piece(dtype, piece.shape, lambda: piece.read().to(dtype))
-
-    return {i: {name: cast(piece) for name, piece in pieces.items()} for i, pieces in found.items()}, sha256
+    return {i: {name: cast(piece, dtype) for name, piece in pieces.items()} for i, pieces in found.items()}, sha256
 
 
 def _mean_piece(stack: list[Piece]) -> Piece:

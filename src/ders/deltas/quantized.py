@@ -75,11 +75,11 @@ class QuantizedDelta(Delta):
         return self.symmetric or self.scheme == "sign"
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantizedDelta":
-        # Codes were chosen against bf16 grids: a cast of the model must not round them again, nor widen the file.
+        # Codes were chosen against these very grids: no cast of the model rounds them, or widens the file.
+        before = {name: grid for name, grid in self.named_buffers() if grid.is_floating_point()}
         super()._apply(fn, recurse)
-        for name, grid in list(self.named_buffers()):
-            if grid.is_floating_point():
-                setattr(self, name, grid.to(torch.bfloat16))
+        for name, grid in before.items():
+            setattr(self, name, grid.to(getattr(self, name).device))
         return self
 
     def _grids(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -76,7 +76,7 @@ class SparseDelta(Delta):
         else:
             codes = torch.zeros(num_experts, packed_size(self.num_kept, values_bits), dtype=torch.uint8)
             self.register_buffer("codes_EB", codes)
-            self.register_buffer("grids_E2", torch.zeros(num_experts, 2))
+            self.register_buffer("grids_E2", torch.zeros(num_experts, 2, dtype=torch.float32))
         if selection == "random":
             seeds = [stable_hash(seed, expert) for expert in range(num_experts)]
             self.register_buffer("seeds_E", torch.tensor(seeds, dtype=torch.int64))
@@ -95,9 +95,10 @@ class SparseDelta(Delta):
     row_starts_EP: Tensor | None
 
     def _apply(self, fn: Any, recurse: bool = True) -> "SparseDelta":
+        before = self._buffers.get("grids_E2")
         super()._apply(fn, recurse)
-        if self.values_bits is not None:  # codes were chosen against this grid: no cast may round it
-            self.grids_E2 = self.grids_E2.to(torch.float32)
+        if before is not None:  # codes were chosen against this grid: no cast may round it
+            self.grids_E2 = before.to(self.grids_E2.device)
         return self
 
     def restore_(self) -> None:
@@ -107,12 +108,13 @@ class SparseDelta(Delta):
         """Columns (E, N) and row boundaries (E, P) of the compressed-row form, int32."""
         if self.columns_EN is None or self.row_starts_EP is None:
             columns, starts = [], []
-            for expert in range(self.num_experts):
-                positions_N = self._positions(expert)
-                columns.append((positions_N % self.in_features).int())
-                boundaries_P = torch.arange(self.out_features + 1, device=positions_N.device) * self.in_features
-                starts.append(torch.searchsorted(positions_N, boundaries_P).int())
-            self.columns_EN, self.row_starts_EP = torch.stack(columns), torch.stack(starts)
+            with torch.inference_mode(False):  # they outlive the step that first asked for them
+                for expert in range(self.num_experts):
+                    positions_N = self._positions(expert)
+                    columns.append((positions_N % self.in_features).int())
+                    boundaries_P = torch.arange(self.out_features + 1, device=positions_N.device) * self.in_features
+                    starts.append(torch.searchsorted(positions_N, boundaries_P).int())
+                self.columns_EN, self.row_starts_EP = torch.stack(columns), torch.stack(starts)
         return self.columns_EN, self.row_starts_EP
 
     def _positions(self, expert: int) -> Tensor:
@@ -127,8 +129,8 @@ class SparseDelta(Delta):
     def _values(self, dtype: torch.dtype) -> Tensor:
         if self.values_bits is None:
             return self.values_EN
-        lows_E, steps_E = self.grids_E2.to(dtype).unbind(1)
-        return dequantize(self.codes_EB, self.values_bits, self.num_kept, lows_E, steps_E)
+        lows_E, steps_E = self.grids_E2.unbind(1)
+        return dequantize(self.codes_EB, self.values_bits, self.num_kept, lows_E, steps_E).to(dtype)
 
     def dense(self, expert: int) -> Tensor:
         values_N = self._values(torch.float32)[expert]

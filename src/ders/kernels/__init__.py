@@ -10,6 +10,7 @@ from ders.kernels.quantization import (
     quantize,
     quantized_linear,
     quantized_linear_oracle,
+    row_blocks,
 )
 from ders.kernels.sampling import largest_positions, sample_positions, stable_hash
 from ders.kernels.sparse import sparse_linear, sparse_linear_oracle
@@ -29,6 +30,7 @@ __all__ = [
     "quantize",
     "quantized_linear",
     "quantized_linear_oracle",
+    "row_blocks",
     "sample_positions",
     "sparse_linear",
     "sparse_linear_oracle",

@@ -14,7 +14,7 @@ from ders.kernels.packing import pack, packed_size, unpack
 
 SCHEMES = ("uniform", "sign")
 # Entries worked on at once: few enough to stay in a core's cache.
-_BLOCK = 1 << 17
+BLOCK = 1 << 17
 
 
 def quantize(x_OI: Tensor, bits: int, groups: int, scheme: str, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -32,7 +32,7 @@ def quantize(x_OI: Tensor, bits: int, groups: int, scheme: str, symmetric: bool)
     codes_OB = x_OI.new_empty((out_features, packed_size(in_features, bits)), dtype=torch.uint8)
     lows, steps = [], []
     whole = None if groups > 1 else _grid(x_OI.reshape(1, -1), bits, scheme, symmetric)
-    for rows in _blocks(out_features, in_features):
+    for rows in row_blocks(out_features, in_features):
         x = x_OI[rows].reshape(1, -1) if whole else x_OI[rows].reshape(-1, x_OI.numel() // groups)
         low, step = whole or _grid(x, bits, scheme, symmetric)
         inverse = torch.where(step > 0, 1 / step.float(), 0)[:, None]
@@ -65,10 +65,11 @@ def dequantize(codes_RB: Tensor, bits: int, in_features: int, lows: Tensor, step
     return torch.addcmul(lows[:, None], codes.to(lows.dtype), steps[:, None]).view(len(codes_RB), in_features)
 
 
-def _blocks(rows: int, columns: int) -> Iterator[slice]:
-    size = max(1, _BLOCK // columns)
-    for start in range(0, rows, size):
-        yield slice(start, min(start + size, rows))
+def row_blocks(rows: int, columns: int, size: int | None = None) -> Iterator[slice]:
+    """Slices of consecutive rows, each of at most `size` entries (a core's cache holds BLOCK) and at least one row."""
+    step = max(1, (size or BLOCK) // columns)
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
 
 
 def quantized_linear_oracle(
@@ -105,7 +106,10 @@ class _QuantizedLinear(torch.autograd.Function):
         y_SO = x_SI.new_zeros(len(x_SI), codes_EOB.shape[1])
         for e, slots in _slots(expert_S, len(codes_EOB)):
             x = x_SI[slots] if x_SI.device.type == "cpu" else x_SI * slots[:, None]
-            parts = [x @ w_RI.T for _, w_RI in _matrix_blocks(codes_EOB[e], bits, x, grids[0][e], grids[1][e])]
+            parts = [
+                x @ w_RI.T
+                for _, w_RI in _matrix_blocks(codes_EOB[e], bits, x, ctx.in_features, grids[0][e], grids[1][e])
+            ]
             if x_SI.device.type == "cpu":
                 y_SO[slots] = torch.cat(parts, 1)
             else:
@@ -119,13 +123,14 @@ class _QuantizedLinear(torch.autograd.Function):
         for e, slots in _slots(expert_S, len(codes_EOB)):
             on_cpu = grad_SO.device.type == "cpu"
             grad = grad_SO[slots] if on_cpu else grad_SO * slots[:, None]
-            mine = grad.new_zeros(len(grad), ctx.in_features)
-            for rows, w_RI in _matrix_blocks(codes_EOB[e], ctx.bits, mine, grids[0][e], grids[1][e]):
+            # Summed over blocks in fp32: half precision would lose a little in each.
+            mine = grad.new_zeros(len(grad), ctx.in_features, dtype=torch.promote_types(grad.dtype, torch.float32))
+            for rows, w_RI in _matrix_blocks(codes_EOB[e], ctx.bits, grad, ctx.in_features, grids[0][e], grids[1][e]):
                 mine += grad[:, rows] @ w_RI
             if on_cpu:
-                grad_SI[slots] = mine
+                grad_SI[slots] = mine.to(grad_SI.dtype)
             else:
-                grad_SI += mine
+                grad_SI += mine.to(grad_SI.dtype)
         return grad_SI, None, None, None, None, None
 
 
@@ -136,11 +141,14 @@ def _slots(expert_S: Tensor, num_experts: int) -> Iterator[tuple[int, Tensor]]:
 
 
 def _matrix_blocks(
-    codes_OB: Tensor, bits: int, like: Tensor, lows_G: Tensor, steps_G: Tensor
+    codes_OB: Tensor, bits: int, like: Tensor, in_features: int, lows_G: Tensor, steps_G: Tensor
 ) -> Iterator[tuple[slice, Tensor]]:
-    out_features, in_features = len(codes_OB), like.shape[1]
-    lows_G, steps_G = lows_G.to(like.dtype), steps_G.to(like.dtype)
-    for rows in _blocks(out_features, in_features):
+    """Rows of a matrix, built in fp32 or wider and only then cast: fp16 cannot name the grids of small deltas."""
+    out_features, wide = len(codes_OB), torch.promote_types(like.dtype, torch.float32)
+    lows_G, steps_G = lows_G.to(wide), steps_G.to(wide)
+    # A cache holds a block on the CPU; elsewhere each block costs launches.
+    size = BLOCK if like.device.type == "cpu" else 64 * BLOCK
+    for rows in row_blocks(out_features, in_features, size):
         per_row = len(lows_G) // out_features
         own = slice(rows.start * per_row, rows.stop * per_row) if per_row else slice(None)
-        yield rows, dequantize(codes_OB[rows], bits, in_features, lows_G[own], steps_G[own])
+        yield rows, dequantize(codes_OB[rows], bits, in_features, lows_G[own], steps_G[own]).to(like.dtype)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ders.checkpoint import ModelFolderError
+from ders.checkpoint import ModelFolderError, refuse_overlap
 from ders.checkpoint.adapter import (
     CONFIG,
     FLOATS,
@@ -87,6 +87,9 @@ def save_adapter(
     """
     section = section_of(model)
     upcycling = _shared_base(section)
+    where = str(parent.config._name_or_path if isinstance(parent, nn.Module) else parent)
+    if Path(where).is_dir() and where:
+        refuse_overlap(Path(folder), Path(where))
     dense = parent if isinstance(parent, nn.Module) else _load_parent(type(model), Path(parent))
     theirs = dense_state(dense)
     _refuse_other_changes(model, upcycling, theirs)

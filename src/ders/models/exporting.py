@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from ders.checkpoint import ModelFolderError, TensorFolder, new_folder, refuse_overlap
-from ders.compression import MoESource, read_source
-from ders.compression.export import Progress, plan, write_layout
+from ders.checkpoint import ModelFolderError, TensorFolder
+from ders.compression import MoESource
+from ders.compression.export import export_folder
+from ders.compression.layouts import Layout
 from ders.compression.moe_llava import is_moe_llava
+from ders.compression.source import Progress
 from ders.moe import FFN, MoELayer, SharedBaseMoE, VanillaMoE, moe_layers
 from ders.upcycling import find_decoder
 
@@ -60,32 +62,40 @@ def export(
 ) -> ExportReport:
     """`export_folder`, and a proof before the folder gets its name: logits of random tokens, on the CPU in fp32.
 
+    The proof loads both models whole, in fp32: it needs memory for twice the parameters, four bytes each.
+
     A folder in half precision is loaded in fp32 too, so that the conversion is judged by itself; what rounding costs
     is reported beside it. Every synthesised matrix is held against the model's own W_base + Δ_e as well.
 
     Raises:
         ModelFolderError: as for `export_folder`, or the new folder computes something else; then nothing is left of it.
     """
-    refuse_overlap(Path(output), Path(checkpoint))
-    source = read_source(Path(checkpoint))
-    planned = plan(source, layout)
-    with new_folder(Path(output), overwrite=overwrite) as unfinished:
-        num_bytes = write_layout(source, planned, unfinished, progress)
-        before, expected = _expected_logits(source, stock=planned.section is None)
-        logits = _logits(_load(unfinished))
-        scale = float(logits.abs().max())
-        if expected is None or before is None:
-            if not logits.isfinite().all():
-                raise ModelFolderError(f"{checkpoint}: exported to layout={layout}, it computes no finite logits")
-            return ExportReport(layout, num_bytes, scale, None, None)
-        difference = float((logits - expected).abs().max())
-        if not difference <= TOLERANCE * scale:
-            raise ModelFolderError(
-                f"{checkpoint}: exported to layout={layout}, its logits (up to {scale:.3g}) differ by "
-                f"{difference:.3g}, more than {TOLERANCE:.0e} of that. Nothing was kept. This is a fault of ders: "
-                "please report it"
-            )
-        return ExportReport(layout, num_bytes, scale, difference, float((expected - before).abs().max()))
+    found: list[tuple[float, float | None, float | None]] = []
+
+    def check(source: MoESource, planned: Layout, folder: Path) -> None:
+        found.append(_compare(source, planned, folder))
+
+    num_bytes = export_folder(checkpoint, output, layout=layout, check=check, overwrite=overwrite, progress=progress)
+    scale, difference, rounding = found[0]
+    return ExportReport(layout, num_bytes, scale, difference, rounding)
+
+
+def _compare(source: MoESource, planned: Layout, folder: Path) -> tuple[float, float | None, float | None]:
+    """Scale, difference and rounding of an `ExportReport`, of a folder that is written but not yet named."""
+    before, expected = _expected_logits(source, stock=planned.section is None)
+    logits = _logits(_load(folder))
+    scale = float(logits.abs().max())
+    if expected is None or before is None:
+        if not logits.isfinite().all():
+            raise ModelFolderError(f"{source.folder}: in the new layout it computes no finite logits. Nothing was kept")
+        return scale, None, None
+    difference = float((logits - expected).abs().max())
+    if not difference <= TOLERANCE * scale:
+        raise ModelFolderError(
+            f"{source.folder}: in the new layout its logits (up to {scale:.3g}) differ by {difference:.3g}, more than "
+            f"{TOLERANCE:.0e} of that. Nothing was kept. This is a fault of ders: please report it"
+        )
+    return scale, difference, float((expected - before).abs().max())
 
 
 def _expected_logits(source: MoESource, stock: bool) -> tuple[Tensor | None, Tensor | None]:

@@ -39,6 +39,11 @@ class DersConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": "ders", **copy.deepcopy(self.section)}
 
+    def content_sha256(self) -> str | None:
+        """Of the weights as they were written, where the folder says so."""
+        found: str | None = (self.section.get("provenance") or {}).get("content_sha256")
+        return found
+
     @property
     def upcycling(self) -> Upcycling:
         return Upcycling.from_section(self.section)
@@ -52,17 +57,27 @@ class DersQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        apply(model, self.quantization_config.upcycling)
+        folder = model.name_or_path or model.config.name_or_path
+        try:
+            apply(model, self.quantization_config.upcycling)
+        except (ValueError, TypeError, KeyError, IndexError) as error:
+            raise ModelFolderError(f"{folder}: {error}") from error
         # `apply` wrote a fresh section; the folder's own one also holds its provenance.
         model.config.quantization_config = self.quantization_config
         files = [Path(file) for file in checkpoint_files or []]
         for file in files:
             if file.suffix != ".safetensors":
                 raise ModelFolderError(f"{file}: a ders folder holds safetensors only")
-        if files:
-            tensors = TensorFolder(files[0].parent, files)
-            tensors.verify()
-            _refuse_unexpected(model, tensors)
+        if not files:
+            return
+        tensors = TensorFolder(files[0].parent, files)
+        found, expected = tensors.verify(), self.quantization_config.content_sha256()
+        if found is not None and expected not in (None, found):
+            raise ModelFolderError(
+                f"{tensors.folder}: its shards are each whole, but not those of one model: together they have sha256 "
+                f"{found[:16]}…, and config.json names {expected[:16]}…. Copy or compress it again"
+            )
+        _refuse_unexpected(model, tensors)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         missing = [
@@ -78,6 +93,8 @@ class DersQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, Delta):
                 module.restore_()
+        # What is saved from here on is another folder, perhaps after training.
+        (self.quantization_config.section.get("provenance") or {}).pop("content_sha256", None)
         # This is an ordinary floating-point model from here on: let it be cast and trained like one.
         model.is_quantized = False
         for flag in ("quantization_method", "hf_quantizer"):

@@ -9,8 +9,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from ders.compression.findings import Analysis, LayerFindings
+from ders.reporting.figures import STYLE, save
 
-_STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
 # So many layers are drawn in full; of more, the first and the last, as in the paper.
 _FEW_LAYERS = 3
 # So many rows and columns leave room for numbers in the cells.
@@ -57,7 +57,7 @@ def draw_similarity(analysis: Analysis, file: Path) -> Path:
                         )
     bar = figure.colorbar(image, ax=axes, fraction=0.03, pad=0.01)
     bar.ax.yaxis.set_major_formatter(plt.FormatStrFormatter(f"%.{digits}f"))
-    return _save(figure, file)
+    return save(figure, file)
 
 
 def _digits(smallest: float) -> int:
@@ -68,14 +68,14 @@ def _digits(smallest: float) -> int:
 def draw_deltas(analysis: Analysis, file: Path) -> Path:
     """Each layer's deltas against their base, a dot per expert; and, where measured, what few ranks capture of them."""
     closer = [layer for layer in analysis.layers if any(m.spectrum for m in layer.matrices.values())]
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         panels = 2 if closer else 1
         figure, axes = plt.subplots(1, panels, figsize=(5.5 * panels, 4.2), squeeze=False, layout="constrained")
         _draw_ratios(axes[0][0], analysis)
         if closer:
             # Of a full analysis, too, three layers: more curves could not be told apart.
             _draw_spectra(axes[0][1], [closer[i] for i in sorted({0, len(closer) // 2, len(closer) - 1})])
-        return _save(figure, file)
+        return save(figure, file)
 
 
 def _draw_ratios(axis: plt.Axes, analysis: Analysis) -> None:
@@ -112,10 +112,3 @@ def _draw_spectra(axis: plt.Axes, layers: list[LayerFindings]) -> None:
     axis.set_ylim(bottom=0)
     if axis.lines:
         axis.legend(frameon=False, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
-
-
-def _save(figure: plt.Figure, file: Path) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=130)
-    plt.close(figure)
-    return file

@@ -44,6 +44,8 @@ class Upcycling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not 1 <= self.top_k <= self.num_experts:
+            raise ValueError(f"top_k must be between 1 and num_experts={self.num_experts}: got {self.top_k}")
         if self.extended and (not self.universal or self.delta is None):
             raise ValueError(
                 "extended=true makes the universal FFN one more expert over the shared base: it needs a universal FFN "
@@ -74,7 +76,7 @@ class Upcycling:
                 **{k: v for k, v in section.items() if k not in (*_ABOUT_THE_FILE, "layers")},
                 layers=tuple(section["layers"]),
             )
-        except (TypeError, KeyError) as error:
+        except (TypeError, KeyError, ValueError) as error:
             raise ValueError(f"config.json: its ders section is damaged: {error}") from error
 
 
