@@ -32,7 +32,7 @@ def record(seed: int, accuracy: float, expert_bytes: int | None = None, **config
 RECORDS = [
     *(record(seed, 0.8 + 0.01 * seed) for seed in (0, 1)),
     *(
-        record(seed, accuracy + 0.01 * seed, size, name="quantize", bits=bits, base="parent")
+        record(seed, accuracy + 0.01 * seed, size, name="quantize", bits=bits, scheme="uniform", base="parent")
         for bits, accuracy, size in [(8, 0.8, 2**21), (1, 0.75, 2**20)]
         for seed in (0, 1)
     ),

@@ -52,58 +52,87 @@ def paired(row: Row) -> list[float]:
 
 
 def draw_against_bytes(rows: list[Row], title: str, file: Path) -> Path:
-    """Test accuracy against the bytes of the stored experts, mean ± standard deviation over seeds: a curve per scheme.
+    """What each scheme costs in accuracy against the bytes of the stored experts: a curve per scheme, seeds paired.
 
-    The vanilla model that was compressed, the dense parent and the controls without deltas are lines.
+    Points are the mean difference to the very vanilla run that was compressed, ± its standard deviation over seeds.
+    The controls without deltas and the dense parent are lines; points far below them stand at the lower edge, with
+    their value.
     """
     curves: dict[str, list[Row]] = defaultdict(list)
-    controls: dict[str, Row] = {}
+    lines: dict[str, float] = {}
     for row in rows:
-        if row.records[0].get("expert_bytes") is None or row.method == "base_only":
-            controls[row.label] = row
-        else:
-            fixed = [str(value) if key == "selection" else f"{key} {value}" for key, value in _fixed(row).items()]
-            curves[" ".join([row.method, *fixed])].append(row)
+        if row.method == "base_only":
+            base = row.records[0]["config"]["base"]
+            lines[f"no deltas, base: {base}"] = 100 * mean(paired(row))
+        elif paired(row):
+            curves[_scheme(row)].append(row)
+    first = next(row for row in rows if paired(row)).records[0]["metrics"]
+    if "parent/accuracy" in first:
+        before = [
+            record["metrics"]["vanilla/accuracy"]["value"] for row in rows for record in row.records if paired(row)
+        ]
+        lines["dense parent, never trained further"] = 100 * (first["parent/accuracy"]["value"] - mean(before))
+    floor = min([-1.0, *lines.values()]) - 0.6
     with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
+        figure, axis = plt.subplots(figsize=(10, 5), layout="constrained")
+        axis.axhline(0, color="0.2", linewidth=1)
         for number, (label, points) in enumerate(sorted(curves.items())):
             points = sorted(points, key=_mib)
+            values = [100 * mean(paired(row)) for row in points]
+            color = f"C{number % 10}"
             axis.errorbar(
                 [_mib(row) for row in points],
-                [100 * row.mean("test/accuracy") for row in points],
-                yerr=[100 * row.spread("test/accuracy") for row in points],
+                [max(value, floor + 0.12) for value in values],
+                yerr=[
+                    100 * stdev(paired(row)) if value > floor else 0 for row, value in zip(points, values, strict=True)
+                ],
                 marker="os^vDP*X"[number % 8],
                 linestyle="-" if number < 10 else "--",
+                color=color,
                 markersize=5,
                 linewidth=1.2,
                 elinewidth=0.8,
                 capsize=2,
                 label=label,
             )
-        for number, (label, row) in enumerate(sorted(controls.items())):
-            style = ("-.", ":", (0, (5, 1)), (0, (1, 3)))[number % 4]
-            axis.axhline(100 * row.mean("test/accuracy"), color="0.35", linestyle=style, linewidth=1, label=label)
-        metrics = rows[0].records[0]["metrics"]
-        if "parent/accuracy" in metrics:
-            parent = 100 * metrics["parent/accuracy"]["value"]
-            axis.axhline(parent, color="C3", linestyle="--", linewidth=1, label="dense parent")
-        if "test/prior" in metrics:
-            axis.plot([], [], " ", label=f"question-only prior: {100 * metrics['test/prior']['value']:.1f}")
+            for row, value in zip(points, values, strict=True):
+                if value <= floor:
+                    place = (_mib(row), floor + 0.12)
+                    axis.annotate(
+                        f"{value:.1f}",
+                        place,
+                        (0, 7 + 9 * (number % 3)),
+                        textcoords="offset points",
+                        ha="center",
+                        fontsize=7,
+                        color=color,
+                    )
+        for (label, value), style in zip(sorted(lines.items()), ("--", "-.", ":"), strict=False):
+            axis.axhline(value, color="0.35", linestyle=style, linewidth=1, label=label)
         axis.set_xscale("log")
-        axis.set(xlabel="stored experts (shared base and deltas), MiB", ylabel="test accuracy, %", title=title)
-        axis.legend(frameon=False, fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("{x:g}")
+        axis.set_ylim(bottom=floor)
+        axis.set(xlabel="stored experts (shared base and deltas), MiB", ylabel="test accuracy less vanilla, points")
+        axis.set_title(title)
+        axis.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
         return save(figure, file)
 
 
-def _fixed(row: Row) -> dict[str, object]:
+def _scheme(row: Row) -> str:
+    """What one curve is: everything but what it runs along (sparsity, bits, rank)."""
     config = row.records[0]["config"]
-    keys = ("selection", "rescale", "values_bits", "scheme", "symmetric", "granularity", "base")
-    found = {key: config[key] for key in keys if config.get(key) not in (None, False)}
-    if found.get("base") == "parent":
-        del found["base"]
-    if "values_bits" in found:  # the curve runs along it
-        found["values_bits"] = "k"
-    return found
+    words = [row.method]
+    for key in ("selection", "scheme", "granularity"):
+        words += [config[key]] if config.get(key) else []
+    words += [word for word in ("symmetric", "rescale") if config.get(word)]
+    if row.method == "sparsify" and not config["rescale"]:
+        words.append("not rescaled")
+    if config.get("values_bits"):
+        words.append("k-bit values")
+    if config["base"] != "parent":
+        words.append(f"base {config['base']}")
+    return " ".join(words)
 
 
 def _mib(row: Row) -> float:
