@@ -22,7 +22,6 @@ _LOAD = """
 import ders, sys, transformers
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto")
 """
-_IMPORTS = "ders, transformers, hydra, rich, ders.cli.build"
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Timed:
 
     Attributes:
         seconds: of the whole command, start-up and waiting for the disk included.
-        startup_seconds: of a process that only imports the same.
+        startup_seconds: of a process that only imports the same, half a second of sleep included.
         disk_seconds: what reading the bytes it reads and writing and syncing the bytes it writes takes by itself.
         times_disk: the first over the last.
         anonymous_bytes: peak, above an idle process.
@@ -61,33 +60,39 @@ def compress_suite(scripts: Path, work: Path) -> dict[str, Any]:
     try:
         write_pair(STABLELM_2_1_6B, parent, vanilla)
         inputs = [*TensorFolder(vanilla).files, *TensorFolder(parent).files]
-        nothing = idle(_IMPORTS)
         rows, loaded = [], {}
+        idle_compress, idle_analyze = _idle("ders.cli.compress"), _idle("ders.cli.analyze")
         for compression in MAX_RATIO:
             command = [sys.executable, str(scripts / "compress.py"), f"checkpoint={vanilla}", f"output={output}"]
             forget(inputs)
             measured = measure([*command, *f"compression={compression} format=json".split()])
             result = json.loads(measured.stdout)
             disk = read_seconds(inputs) + write_seconds(work, result["stored_bytes"])
-            rows.append(_timed(compression, measured, nothing, disk, result["ratio"]))
+            rows.append(_timed(compression, measured, idle_compress, disk, result["ratio"]))
             loaded[compression] = _loading(output)
             shutil.rmtree(output)
         forget(inputs)
         measured = measure(
             [sys.executable, str(scripts / "analyze.py"), f"checkpoint={vanilla}", f"output={output}", "format=json"]
         )
-        rows.append(_timed("analyze", measured, nothing, read_seconds(inputs)))
+        rows.append(_timed("analyze", measured, idle_analyze, read_seconds(inputs)))
         sizes = {folder.name: TensorFolder(folder).num_bytes for folder in (parent, vanilla)}
     finally:
         for folder in (parent, vanilla, output):
             shutil.rmtree(folder, ignore_errors=True)
     return {
         "models": {"shapes": STABLELM_2_1_6B, "stored_bytes": sizes},
-        "idle": {"startup_seconds": nothing.seconds, "anonymous_bytes": nothing.anonymous_bytes},
+        "idle_anonymous_bytes": {"compress": idle_compress.anonymous_bytes, "analyze": idle_analyze.anonymous_bytes},
         "rows": [asdict(row) for row in rows],
         "loading": loaded,
         "goals": _goals(rows, loaded),
     }
+
+
+def _idle(module: str) -> Measured:
+    """A process that imports what a command imports, the second time: the first also reads the libraries."""
+    idle(module)
+    return idle(module)
 
 
 def _timed(command: str, measured: Measured, nothing: Measured, disk: float, ratio: float | None = None) -> Timed:
@@ -104,7 +109,7 @@ def _timed(command: str, measured: Measured, nothing: Measured, disk: float, rat
 
 def _loading(folder: Path) -> dict[str, float]:
     """Peak anonymous memory of `from_pretrained` in a fresh process, above importing, against the folder's bytes."""
-    nothing = idle("ders, transformers")
+    nothing = _idle("ders, transformers")
     measured = measure([sys.executable, "-c", _LOAD, str(folder)])
     anonymous = max(0, measured.anonymous_bytes - nothing.anonymous_bytes)
     stored = TensorFolder(folder).num_bytes
