@@ -96,9 +96,20 @@ def test_tables_commands(command: str, tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_the_tables_are_those_of_results() -> None:
     shown = re.findall(r"<!-- table:(\w+) -->\n(.*?)<!-- /table -->", README, re.DOTALL)
-    assert [name for name, _ in shown] == ["methods"]
+    assert [name for name, _ in shown] == ["methods", "benchmark_compress"]
     for name, table in shown:
         assert table == (ROOT / "results" / name / "table.md").read_text()
+
+
+def test_the_chosen_rows_are_those_of_the_claims() -> None:
+    tables = [(ROOT / "results" / claim / "table.md").read_text() for claim in ("compress_bits", "compress_sparsity")]
+    rows = {
+        cells[0]: cells for line in "\n".join(tables).splitlines() if len(cells := line.strip("| ").split(" | ")) > 4
+    }
+    shown = re.findall(r"^\| ((?:sparsify|quantize|svd|base_only) .*?) \| (.*?) \| (.*?) \|$", README, re.MULTILINE)
+    assert len(shown) > 8
+    for label, experts, less in shown:
+        assert (rows[label][2], rows[label][5]) == (experts, less), label
 
 
 def test_linked_files_exist() -> None:

@@ -37,7 +37,9 @@ def markdown(record: dict[str, Any]) -> str:
     goals = [["", "figure", "limit", "aim", ""], ["---", "---:", "---:", "---:", "---"]]
     for goal in record["goals"]:
         numbers = [_number(goal[key]) for key in ("figure", "limit", "aim")]
-        goals.append([goal["goal"], *numbers, "met" if goal["met"] else "**missed**"])
+        missed_aim = goal["aim"] is not None and goal["figure"] > goal["aim"]
+        met = "met, aim missed" if missed_aim else "met"
+        goals.append([goal["goal"], *numbers, met if goal["met"] else "**missed**"])
     times = [["", "seconds", "of which start-up", "disk alone", "memory"], ["---", *["---:"] * 4]]
     for row in record["rows"]:
         seconds = [f"{row[key]:.1f}" for key in ("seconds", "startup_seconds", "disk_seconds")]
