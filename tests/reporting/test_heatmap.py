@@ -30,7 +30,7 @@ def analysis(*, num_layers: int = 2, num_experts: int = 4, cosine: float = 0.999
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[plt.Figure]:
     """The figures, before they are closed."""
     figures: list[plt.Figure] = []
-    monkeypatch.setattr(heatmap, "_save", lambda figure, file: (figures.append(figure), file)[1])
+    monkeypatch.setattr(heatmap, "save", lambda figure, file: (figures.append(figure), file)[1])
     yield figures
     for figure in figures:
         plt.close(figure)

@@ -65,6 +65,7 @@ def _number(item: tuple[str, object]) -> int:
 
 
 def save(figure: plt.Figure, file: Path) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=130)
     plt.close(figure)
     return file

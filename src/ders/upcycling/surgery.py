@@ -44,6 +44,8 @@ class Upcycling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.num_experts < 1:
+            raise ValueError(f"num_experts must be at least 1: got {self.num_experts}")
         if not 1 <= self.top_k <= self.num_experts:
             raise ValueError(f"top_k must be between 1 and num_experts={self.num_experts}: got {self.top_k}")
         if self.extended and (not self.universal or self.delta is None):
