@@ -164,7 +164,7 @@ def test_a_tensor_that_does_not_fit(tmp_path: Path) -> None:
 def test_no_room_is_told_before_anything_is_written(tmp_path: Path) -> None:
     slots = [Slot(f"a{i}", torch.float32, (2**40,)) for i in range(100)]
     with (
-        pytest.raises(ModelFolderError, match=r"GB are to be written and .* GB are free"),
+        pytest.raises(ModelFolderError, match=r"MB are to be written and .* MB are free"),
         new_folder(tmp_path / "x") as unfinished,
     ):
         FolderWriter(unfinished, slots)

@@ -171,6 +171,6 @@ def _require_space(folder: Path, needed: int) -> None:
     available = free.f_bavail * free.f_frsize
     if available < needed:
         raise ModelFolderError(
-            f"{folder.parent}: {needed / 1e9:.2f} GB are to be written and {available / 1e9:.2f} GB are free. "
+            f"{folder.parent}: {needed / 1e6:,.1f} MB are to be written and {available / 1e6:,.1f} MB are free. "
             "Make room, or choose an output on another disk"
         )
