@@ -92,6 +92,7 @@ def test_it_can_be_trained_after_it_was_scored(folder: Any, form: str) -> None:
     with torch.inference_mode():
         model(IDS)
     model.train()(IDS, labels=IDS).loss.backward()
+    assert model.model.layers[0].mlp.up_proj.weight.grad.any()
 
 
 def test_it_can_be_trained_on(folder: Any) -> None:
