@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ders.checkpoint import read_config_json
 from ders.cli.app import ROOT, UserError, check_format, composed, launch
-from ders.cli.folders import model_folder
+from ders.cli.folders import model_folder, provenance_of
 from ders.cli.instantiation import instantiate
 from ders.data import DataSource
 from ders.evaluation.scoring import score
@@ -36,7 +36,7 @@ def run(config: DictConfig) -> None:
         raise UserError(f"dtype must be one of {', '.join(_DTYPES)}: got {config.dtype!r}")
     if config.split not in ("test", "val"):
         raise UserError(f"split must be test or val: got {config.split!r}")
-    provenance = (read_config_json(checkpoint).get("quantization_config") or {}).get("provenance") or {}
+    provenance = provenance_of(read_config_json(checkpoint))
     name, source = _source(config, provenance, checkpoint)
     prepared = source.prepare(ROOT / config.output_dir / "cache")
     if config.split not in prepared.files:

@@ -1,9 +1,10 @@
 """What a folder given on the command line means."""
 
 from pathlib import Path
+from typing import Any
 
+from ders.checkpoint import TensorFolder
 from ders.cli.app import UserError
-from ders.compression import read_source
 
 
 def model_folder(given: str | Path) -> Path:
@@ -11,6 +12,11 @@ def model_folder(given: str | Path) -> Path:
     folder = Path(given)
     inner = folder / "model"
     return inner if (inner / "config.json").is_file() and not (folder / "config.json").is_file() else folder
+
+
+def provenance_of(config: dict[str, Any]) -> dict[str, Any]:
+    """What a folder's configuration says of where the model came from; empty where it says nothing."""
+    return (config.get("quantization_config") or {}).get("provenance") or {}
 
 
 def resolve_base(base: str, checkpoint: Path) -> Path | str:
@@ -23,7 +29,8 @@ def resolve_base(base: str, checkpoint: Path) -> Path | str:
         return base
     if base != "parent":
         return Path(base)
-    parent = read_source(checkpoint).provenance.get("parent")
+    # The configuration alone: reading the source would hash its weights, which the compression does anyway.
+    parent = provenance_of(TensorFolder(checkpoint).config()).get("parent")
     if parent is None:
         raise UserError(
             f"{checkpoint} does not record the dense model it came from: give its folder, base=DIR, or base=mean"
