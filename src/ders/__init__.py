@@ -10,8 +10,8 @@ from ders.deltas import Delta, LowRankDelta, QuantizedDelta, SparseDelta, ZeroDe
 from ders.models.adapters import load_adapter, save_adapter
 from ders.models.exporting import export
 from ders.models.registration import register
-from ders.moe import Router, TopKRouter
-from ders.upcycling import certify, set_trainable, upcycle
+from ders.moe import NoisyMLPRouter, Router, TopKRouter
+from ders.upcycling import certify, save_routers, set_trainable, upcycle
 from ders.upcycling.adapters import adapters, remove_adapter, set_adapter
 
 __version__ = "0.1.0"
@@ -21,6 +21,7 @@ register()
 __all__ = [
     "Delta",
     "LowRankDelta",
+    "NoisyMLPRouter",
     "QuantizedDelta",
     "Router",
     "SparseDelta",
@@ -35,6 +36,7 @@ __all__ = [
     "load_adapter",
     "remove_adapter",
     "save_adapter",
+    "save_routers",
     "set_adapter",
     "set_trainable",
     "upcycle",

@@ -5,10 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from reporting.paper_records import record
 
+from ders.cli import papers
 from ders.cli.app import prepare_hydra
 from ders.cli.tables import _run_folders, main, read_claim, update_readme
+from ders.compression.findings import Analysis, BaseChoice, LayerFindings, MatrixFindings
 from ders.reporting import read_record
+from ders.reporting.verdicts import load_claims
 
 
 def tables(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
@@ -38,6 +43,59 @@ def test_table_and_figure_from_records(results: Path, monkeypatch: pytest.Monkey
     assert table.index("| dense |") < table.index("| ders_sm")
     assert (results / "methods" / "figure.png").exists()
     assert table in capsys.readouterr().out
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> Path:
+    """Records of every run of a claim that repeats a table of the paper."""
+    prepare_hydra()
+    folder = tmp_path / "results" / "table_3"
+    folder.mkdir(parents=True)
+    for overrides, run in _run_folders(read_claim("table_3"), "outputs").items():
+        dials = dict(override.split("=", 1) for override in overrides.split())
+        method = dials.get("compression", dials["method"])
+        given = {key: yaml.safe_load(dials[key]) for key in ("sparsity", "rank", "trainable") if key in dials}
+        seed = int(dials["seed"])
+        score = {"vanilla": 0.4, "ders_sm": 0.5, "ders_lm": 0.5}.get(method, 0.3) + 0.01 * seed
+        (folder / f"{run.name}.json").write_text(json.dumps(record("coder_moe", method, seed, score, **given)))
+    return tmp_path / "results"
+
+
+def test_a_claim_beside_the_paper(published: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    tables(monkeypatch, "claim=table_3", "collect=false", f"results={published}")
+    table = (published / "table_3" / "table.md").read_text()
+    assert "| 0.81B + 325M | 61.0 | +0.8 | 0.81B + 325M | 500 + 1,192 | 50.5 ± 0.7 | +10.00 ± 0.00 | 2 |" in table
+    assert "*ders_sm sparsity 0.9 frozen base*" in table
+    assert "Added parameters: 5 of 6 cells as printed, 1 misprint listed." in table
+    assert "DeRS upcycling beats vanilla on code." in table
+    assert "  - ours: **supported**. 2 supported of 2" in table
+    assert (published / "table_3" / "figure.png").exists()
+    assert table in capsys.readouterr().out
+    everything = (published / "claims.md").read_text()
+    assert everything.count("  - ours: **") == len(load_claims())
+    assert "  - ours: **supported**. 2 supported of 2" in everything
+    tables(monkeypatch, "claim=table_3", "collect=false", f"results={published}", "format=json")
+    data = json.loads(capsys.readouterr().out)["table_3"]
+    assert [row["method"] for row in data["rows"]][:3] == ["vanilla", "ders_sm", "ders_lm"]
+    assert {verdict["id"]: verdict["measured"] for verdict in data["verdicts"]}["code_upcycling_better"] == "supported"
+
+
+def test_figure_1_keeps_the_cosines_of_the_models_that_are_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = [LayerFindings(i, {"fc1": MatrixFindings((4, 4), [[1.0, c], [c, 1.0]], [0.1], [3.0])}) for i, c in
+              [(0, 0.9995), (2, 0.5), (4, 0.9992)]]  # fmt: skip
+    found = Analysis("m", BaseChoice("parent", "/home/x"), "float32", 1, 1, None, False, layers, None)  # type: ignore[arg-type]
+    monkeypatch.setattr(papers, "analyze_folder", lambda folder, spectrum: found)
+    run, folder = tmp_path / "vanilla-a", tmp_path / "results"
+    (run / "model").mkdir(parents=True)
+    (run / "model" / "config.json").write_text("{}")
+    folder.mkdir()
+    (folder / "vanilla-a.json").write_text("{}")
+    papers.keep_similarity({"a": run, "b": tmp_path / "vanilla-b"}, folder)
+    assert papers.smallest_cosines(folder) == [0.9992]
+    assert "/home" not in (folder / "similarity" / "vanilla-a.json").read_text()
+    assert (folder / "figure.png").exists()
 
 
 def test_json_is_one_line(results: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -3,8 +3,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import ROOT
 
+from ders.data import LlavaMix
 from ders.data.metrics import is_correct
+from ders.data.scores import closed_accuracy
+from ders.evaluation.scoring import score
+from ders.models.tiny import TinyLlava
 
 
 def test_scores_are_those_of_the_written_folder(run_job: Callable[..., Path]) -> None:
@@ -16,3 +22,32 @@ def test_scores_are_those_of_the_written_folder(run_job: Callable[..., Path]) ->
         correct = [is_correct(p[field], p["answer"]) for p in predictions]
         assert record["metrics"][f"test/{metric}"] == {"value": pytest.approx(sum(correct) / 48), "count": 48}
     assert record["metrics"]["test/accuracy/sum"]["count"] == 8
+
+
+def test_the_datas_own_scorers_stand_beside_the_accuracy(tmp_path: Path) -> None:
+    folder = ROOT / "tests" / "data" / "fixtures" / "med_moe" / "3vqa"
+    source = LlavaMix(
+        root=str(folder),
+        splits={"train": ["train_all.json"], "test": {"vqa_rad": "test_rad.json", "slake": "test_slake.json"}},
+        images="images",
+        scorers={"*_open": "open_recall", "*_closed": "closed_accuracy"},
+        prompt="plain",
+        max_answer_tokens=2,
+    )
+    text = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    vision = {"image_size": 16, "patch_size": 8, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2}
+    prepared = source.prepare(tmp_path)
+    torch.manual_seed(0)
+    recipe = TinyLlava(text=text | heads | {"num_key_value_heads": 2}, vision=vision | heads, feature_layer=-1)
+    scored = score(recipe.build(prepared.texts()), source, prepared, "test", "test")
+    assert {key.removeprefix("test/") for key in scored.metrics if "accuracy" not in key and "prior" not in key} == {
+        "open_recall/vqa_rad_open",
+        "open_recall/slake_open",
+        "score",
+    }
+    for item in scored.predictions:
+        if item["kind"] == "slake_closed":
+            value = closed_accuracy(item["prediction"], item["answer"])
+            assert scored.metrics["test/closed_accuracy/slake_closed"] == {"value": value, "count": 1}
+    assert scored.metrics["test/accuracy"]["count"] == 4

@@ -45,3 +45,28 @@ def test_the_seed_decides_and_torchs_generator_does_not() -> None:
 def test_an_uneven_split_is_refused() -> None:
     with pytest.raises(ValueError, match="make it a multiple of 6"):
         StepBatches(10, 8, 1, accumulate=2, world_size=3)
+
+
+@pytest.mark.parametrize(("num_rows", "batch_size"), [(103, 8), (96, 8), (7, 4), (40, 40)])
+def test_grouped_batches_are_of_one_modality_and_every_row_comes_once_an_epoch(num_rows: int, batch_size: int) -> None:
+    lengths = [(row % 3 != 0, (row * 37) % 101) for row in range(num_rows)]
+    steps = 3 * num_rows // batch_size
+    rows = list(itertools.chain(*StepBatches(num_rows, batch_size, steps, seed=2, lengths=lengths)))
+    for epoch in range(len(rows) // num_rows):
+        assert sorted(rows[epoch * num_rows : (epoch + 1) * num_rows]) == list(range(num_rows))
+    batches = list(StepBatches(num_rows, batch_size, steps, seed=2, lengths=lengths))
+    mixed = sum(len({lengths[row][0] for row in batch}) > 1 for batch in batches)
+    # Two remainders an epoch, and the batch that two epochs share.
+    assert mixed <= 3 * 3
+    assert batches == list(StepBatches(num_rows, batch_size, steps, seed=2, lengths=lengths))
+    assert num_rows < 100 or batches != list(StepBatches(num_rows, batch_size, steps, seed=3, lengths=lengths))
+
+
+def test_grouping_wastes_little_padding() -> None:
+    lengths = [(True, (row * 37) % 101) for row in range(400)]
+
+    def padding(**options: object) -> int:
+        batches = StepBatches(400, 8, 50, seed=2, **options)  # type: ignore[arg-type]
+        return sum(8 * max(lengths[r][1] for r in b) - sum(lengths[r][1] for r in b) for b in batches)
+
+    assert padding(lengths=lengths) < 0.2 * padding()

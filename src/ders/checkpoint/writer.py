@@ -1,38 +1,19 @@
-"""Writing safetensors tensor by tensor, whatever the model's size.
-
-The format (github.com/huggingface/safetensors): eight bytes with the length of a JSON header, the header, then the
-bytes of all tensors without a gap.
-"""
+"""Writing safetensors tensor by tensor, whatever the model's size."""
 
 import json
 import os
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
 from torch import Tensor
 
 from ders.checkpoint.errors import ModelFolderError
-from ders.checkpoint.folder import INDEX, NAMES, SEAL, seal
+from ders.checkpoint.folder import INDEX, seal
 from ders.checkpoint.hashing import combine, tensor_bytes, tensor_hasher
-
-SHARD_BYTES = 5 * 10**9
-
-
-@dataclass(frozen=True)
-class Slot:
-    """A tensor to be written: its place is kept before its bytes are known."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        return torch.empty(self.shape, dtype=self.dtype, device="meta").nbytes
+from ders.checkpoint.header import SHARD_BYTES, UNSEALED, Slot, sealed_header, split
 
 
 @dataclass
@@ -42,12 +23,6 @@ class _Place:
     slot: Slot
     hasher: Any
     written: int = 0
-
-
-@dataclass
-class _Shard:
-    slots: list[Slot] = field(default_factory=list)
-    num_bytes: int = 0
 
 
 class FolderWriter:
@@ -67,7 +42,7 @@ class FolderWriter:
 
     def __init__(self, folder: Path, slots: Iterable[Slot], *, shard_bytes: int = SHARD_BYTES) -> None:
         self.folder = folder
-        shards = _split(slots, shard_bytes)
+        shards = split(slots, shard_bytes)
         self.total_bytes = sum(shard.num_bytes for shard in shards)
         _require_space(folder, self.total_bytes)
         self._pool = ThreadPoolExecutor(2)
@@ -79,22 +54,14 @@ class FolderWriter:
             self._start(folder / name, shard.slots)
 
     def _start(self, path: Path, slots: list[Slot]) -> None:
-        # Wide types first: every tensor then starts at a multiple of its element size.
-        ordered = sorted(slots, key=lambda slot: (-slot.dtype.itemsize, slot.name))
-        header: dict[str, Any] = {"__metadata__": {"format": "pt", SEAL: "0" * 64}}
-        offset = 0
-        for slot in ordered:
-            end = offset + slot.num_bytes
-            header[slot.name] = {"dtype": NAMES[slot.dtype], "shape": slot.shape, "data_offsets": [offset, end]}
-            offset = end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
+        header = sealed_header(slots)
+        by_name = {slot.name: slot for slot in slots}
         file = path.open("w+b", buffering=0)
-        file.write(len(text).to_bytes(8, "little") + text)
-        for slot in ordered:
-            start = 8 + len(text) + header[slot.name]["data_offsets"][0]
-            self._places[slot.name] = _Place(file, start, slot, tensor_hasher(slot.dtype, slot.shape))
-        self._files.append((file, 8 + text.index(b"0" * 64), [slot.name for slot in ordered]))
+        file.write(header.data)
+        for name, start in header.offsets.items():
+            slot = by_name[name]
+            self._places[name] = _Place(file, start, slot, tensor_hasher(slot.dtype, slot.shape))
+        self._files.append((file, header.data.index(UNSEALED.encode()), list(header.offsets)))
 
     def write(self, name: str, tensor: Tensor) -> None:
         """The next part of a tensor, or all of it; it must not be changed until the next call has returned."""
@@ -154,16 +121,6 @@ def _put(file: BinaryIO, start: int, data: memoryview) -> None:
     file.seek(start)
     while data:  # one call writes 2 GB at most
         data = data[file.write(data) :]
-
-
-def _split(slots: Iterable[Slot], shard_bytes: int) -> list[_Shard]:
-    shards = [_Shard()]
-    for slot in slots:
-        if shards[-1].slots and shards[-1].num_bytes + slot.num_bytes > shard_bytes:
-            shards.append(_Shard())
-        shards[-1].slots.append(slot)
-        shards[-1].num_bytes += slot.num_bytes
-    return shards
 
 
 def _require_space(folder: Path, needed: int) -> None:

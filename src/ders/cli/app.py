@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 # The install is editable: configurations, claims and results lie beside the sources.
 ROOT = Path(__file__).resolve().parents[3]
+SCALES = ("tiny", "paper")
 
 
 class UserError(Exception):
@@ -33,12 +34,20 @@ def prepare_hydra() -> None:
     if not (ROOT / "conf").is_dir():
         sys.exit(f"error: no configurations in {ROOT}. The commands need a clone, installed by `pip install -e .`")
     os.environ["DERS_ROOT"] = str(ROOT)
+    OmegaConf.register_new_resolver("scaled", _scaled, replace=True)
     # Let errors come through to `launch`, which tells them shorter.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     # Fast tokenizers warn about every fork otherwise.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
+
+
+def _scaled(tiny: Any, paper: Any, *, _root_: DictConfig) -> Any:
+    """`${scaled:TINY,PAPER}`: the value for the scale of this run; what is resolved holds only that one."""
+    if _root_.scale not in SCALES:
+        raise UserError(f"scale must be {' or '.join(SCALES)}: got {_root_.scale!r}")
+    return tiny if _root_.scale == "tiny" else paper
 
 
 def launch(task: Callable[[DictConfig], Any], config_name: str) -> None:

@@ -35,9 +35,10 @@ def upcycle_by_config(model: torch.nn.Module, config: DictConfig) -> UpcyclingSu
     """Do to a dense model what the method says; None for the dense control."""
     if config.upcycling is None:
         return None
-    return upcycle(
-        model, delta=instantiate(config.method).get("delta"), seed=config.seed, **instantiate(config.upcycling)
-    )
+    options = instantiate(config.upcycling)
+    if config.get("compression"):
+        options["extended"] = False  # the dial is the compression's: what it compresses has full experts
+    return upcycle(model, delta=instantiate(config.method).get("delta"), seed=config.seed, **options)
 
 
 def check(config: DictConfig) -> None:
@@ -47,6 +48,8 @@ def check(config: DictConfig) -> None:
     runs later.
     """
     _check_types(config)
+    if config.method.name == "dense" and config.upcycling is not None:
+        raise UserError("method=dense has no experts: drop upcycling=…, or choose a method that has")
     source: DataSource = instantiate(config.data)
     if config.parent is not None:
         parent_config = read_config(Path(config.parent))
@@ -55,6 +58,9 @@ def check(config: DictConfig) -> None:
         name = f"parent={config.parent}"
     else:
         recipe = instantiate(config.model)
+        if config.scale not in recipe.sizes:
+            raise UserError(f"scale={config.scale}: the configured model has one size, {' or '.join(recipe.sizes)}")
+        recipe.verify()
         has_images, name = recipe.has_images, "this model"
         with torch.device("meta"):
             model = recipe.dense()
@@ -63,15 +69,13 @@ def check(config: DictConfig) -> None:
             f"{name} reads only text, and the data has images of {source.image_size} px: choose a model with a vision "
             "tower, or text-only data (data=digits_text)"
         )
-    if config.scale != "tiny":
-        raise UserError(f"scale={config.scale}: the configured model has one size, tiny")
     _check_compression(config, model)
     upcycle_by_config(model, config)
     set_trainable(model, config.trainable)
     for name, node in config.stage.items():
         stage = instantiate(node)
         try:
-            stage.schedule(stage.optimizer([torch.zeros(1, requires_grad=True)]), stage.max_steps)
+            stage.schedule(stage.optimizer([torch.zeros(1, requires_grad=True)]), stage.max_steps or 1000)
         except (TypeError, ValueError) as error:
             raise UserError(f"stage.{name}: optimizer or schedule cannot be built: {error}") from error
     _check_devices(config)
@@ -130,5 +134,5 @@ def _check_devices(config: DictConfig) -> None:
         raise UserError(f"trainer: cannot be built: {error}") from error
     if isinstance(trainer.devices, int):
         world_size = trainer.devices * trainer.num_nodes
-        stage = instantiate(stage)
+        stage = instantiate(stage).on_devices(world_size)
         StepBatches(1, stage.global_batch_size, 1, accumulate=stage.accumulate, world_size=world_size)

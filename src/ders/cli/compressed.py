@@ -33,8 +33,10 @@ def without_compression(config: DictConfig) -> DictConfig:
     """The configuration of the vanilla run behind a compression row."""
     conf = ROOT / "conf"
     added = {"compression", *dials_of(conf / "compression" / f"{config.compression.name}.yaml", conf)}
+    # Where the universal FFN could be extended in training too, the dial stays, and what is compressed was not.
+    shared = {"extended": False} if "extended" in config.upcycling else {}
     vanilla = OmegaConf.create(
-        {key: value for key, value in OmegaConf.to_container(config).items() if key not in added}
+        {key: value for key, value in OmegaConf.to_container(config).items() if key not in added} | shared
     )
     OmegaConf.set_struct(vanilla, True)
     with open_dict(vanilla):

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import yaml
 
-_OWNERS = ("method", "compression")
-_NOT_DIALS = (*_OWNERS, "upcycling", "defaults")
+_OWNERS = ("method", "upcycling", "compression")
+_NOT_DIALS = (*_OWNERS, "defaults")
 
 
 def dials_by_owner(conf: Path) -> dict[str, list[str]]:
@@ -23,9 +23,8 @@ def dials_of(file: Path, conf: Path) -> set[str]:
     content = yaml.safe_load(file.read_text()) or {}
     found = {key for key in content if key not in _NOT_DIALS}
     for entry in content.get("defaults", []):
-        if isinstance(entry, dict):
-            for group, name in entry.items():
-                found |= dials_of(conf / group.lstrip("/") / f"{name}.yaml", conf)
+        if isinstance(entry, str) and entry != "_self_":
+            found |= dials_of(file.with_name(f"{entry}.yaml"), conf)
     return found
 
 

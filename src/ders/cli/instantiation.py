@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from ders.cli.app import UserError
 
-_ALLOWED = ("ders.", "torch.optim.", "lightning.")
+_ALLOWED = ("ders.", "torch.optim.", "transformers.optimization.", "lightning.")
 
 
 def instantiate(node: Any) -> Any:

@@ -69,11 +69,12 @@ def _train_parent(
         if reason is not None:
             log.info("stage %s skipped: %s", name, reason)
             continue
+        stage = stage.sized(prepared)
         module = stage.module(bundle, source, prepared, config.parent_seed, recipe)
         data = stage.data(bundle, source, prepared)
         logs = folder / "logs" / name
         trainer = fit(stage, module, data, make_trainer, label=name, folder=logs, seed=config.parent_seed)
-        if trainer.global_step != stage.max_steps:
+        if trainer.global_step != stage.steps:
             raise RuntimeError(f"stage {name} of the parent stopped at step {trainer.global_step}: nothing is kept")
     bundle.model.cpu()
     save_bundle(bundle, folder / "model")

@@ -2,22 +2,23 @@
 
 import itertools
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 
-def expand(runs: Sequence[str], arguments: Sequence[str] = ()) -> list[list[str]]:
-    """Override lists, one per job: each run's line, its `a=1,2` as a product.
+def expand(runs: Sequence[str], arguments: Sequence[str] = (), common: str = "") -> list[list[str]]:
+    """Override lists, one per job: `common` and each run's line, their `a=1,2` as a product.
 
-    Arguments from the command line go to every job and win over a run's own; runs that become alike run once.
+    Arguments from the command line go to every job; they win over a run's own overrides, which win over `common`.
+    Runs that become alike run once.
     """
     jobs: list[tuple[str, ...]] = []
     for run in runs:
-        given = {argument.split("=", 1)[0].lstrip("+~") for argument in arguments}
-        own = [o for o in shlex.split(run) if o.split("=", 1)[0].lstrip("+~") not in given]
+        own = _without(shlex.split(run), arguments)
+        shared = _without(_without(shlex.split(common), arguments), own)
         choices = []
-        for override in OverridesParser.create().parse_overrides([*arguments, *own]):
+        for override in OverridesParser.create().parse_overrides([*arguments, *shared, *own]):
             if override.is_sweep_override():
                 key = str(override.input_line).split("=", 1)[0]
                 choices.append([f"{key}={v}" for v in override.sweep_string_iterator()])
@@ -25,3 +26,13 @@ def expand(runs: Sequence[str], arguments: Sequence[str] = ()) -> list[list[str]
                 choices.append([str(override.input_line)])
         jobs += itertools.product(*choices)
     return [list(job) for job in dict.fromkeys(jobs)]
+
+
+def _without(overrides: Iterable[str], winning: Iterable[str]) -> list[str]:
+    """The overrides of what the winning ones leave unsaid."""
+    said = {_key(override) for override in winning}
+    return [override for override in overrides if _key(override) not in said]
+
+
+def _key(override: str) -> str:
+    return override.split("=", 1)[0].lstrip("+~")

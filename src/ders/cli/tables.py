@@ -9,13 +9,16 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig
 
-from ders.cli.app import ROOT, UserError, composed, launch, to_plain
+from ders.cli.app import ROOT, UserError, launch, to_plain
+from ders.cli.jobs import job_config
+from ders.cli.papers import keep_similarity, on_tables, paper_table, verdicts_of, write_verdicts
 from ders.cli.sweeper import expand
 from ders.reporting.compression import compression_markdown, draw_against_bytes
 from ders.reporting.figures import draw_claim
 from ders.reporting.identity import run_folder
 from ders.reporting.record import read_record, write_record
 from ders.reporting.tables import Row, markdown, percent, rows_of
+from ders.reporting.verdicts import verdicts_markdown
 
 log = logging.getLogger(__name__)
 
@@ -26,41 +29,65 @@ def main() -> None:
 
 def build_tables(config: DictConfig) -> None:
     results = ROOT / config.results
-    claims = [config.claim] if config.claim else sorted(file.stem for file in (ROOT / "experiments").glob("*.yaml"))
+    known = {file.stem: read_claim(file.stem) for file in sorted((ROOT / "experiments").glob("*.yaml"))}
+    claims = {config.claim: read_claim(config.claim)} if config.claim else known
+    # What is collected comes first: verdicts on one claim may rest on the runs of several.
+    rows = {name: _rows_of_claim(name, claim, results / name, config) for name, claim in claims.items()}
+    verdicts = verdicts_of(known, results)
     built: dict[str, Any] = {}
-    for name in claims:
-        claim = read_claim(name)
-        folder = results / name
-        runs = _run_folders(claim, config.output_dir)
-        if config.collect:
-            _collect(name, runs, folder)
-        files = [folder / f"{run.name}.json" for run in runs.values()]
-        records = [read_record(file) for file in files if file.exists()]
-        if not records:
+    for name, claim in claims.items():
+        if not rows[name]:
             log.warning("%s: no records yet. Run: python train.py experiments=%s", name, name)
             continue
-        rows = rows_of(records)
-        against_bytes = claim["figure"] == "stored_bytes"
-        write = compression_markdown if against_bytes else markdown
-        table = write(rows, claim["title"], f"python train.py experiments={name}")
-        (folder / "table.md").write_text(table)
-        if against_bytes:
-            others = _rows_in(results / claim["beside"], claim["beside"]) if claim["beside"] else []
-            draw_against_bytes([*rows, *others], claim["title"], folder / "figure.png")
+        if claim["published"]:
+            table, data = paper_table(name, claim, rows[name], results / name)
+            on_these = on_tables(verdicts, claim["published"])
+            table += "\n" + verdicts_markdown(on_these, heading="Claims of the paper that rest on these rows:")
+            built[name] = {"rows": data, "verdicts": [vars(verdict) for verdict in on_these]}
         else:
-            draw_claim(rows, claim["dial"], claim["title"], folder / "figure.png")
-        built[name] = {row.label: percent(row.mean("test/accuracy"), row.spread("test/accuracy")) for row in rows}
+            table = _table(name, claim, rows[name], results)
+            built[name] = {
+                row.label: percent(row.mean("test/accuracy"), row.spread("test/accuracy")) for row in rows[name]
+            }
+        (results / name / "table.md").write_text(table)
         if config.format == "table":
-            print(f"{table}\n{folder / 'table.md'}, {folder / 'figure.png'}\n")
+            print(f"{table}\n{results / name / 'table.md'}, {results / name / 'figure.png'}\n")
+    if any(claims[name]["published"] for name in built):
+        write_verdicts(verdicts, results / "claims.md")
     if config.readme:
         update_readme(ROOT / "README.md", results)
     if config.format == "json":
         print(json.dumps(built))
 
 
+def _rows_of_claim(name: str, claim: dict[str, Any], folder: Path, config: DictConfig) -> list[Row]:
+    """The rows of the records that a claim lists, collected first where asked."""
+    runs_here = config.collect and any((ROOT / config.output_dir).glob("*/record.json"))
+    if not runs_here and not any(folder.glob("*.json")):  # composing hundreds of jobs takes a while
+        return []
+    runs = _run_folders(claim, config.output_dir)
+    if config.collect:
+        _collect(name, runs, folder)
+        if claim["figure"] == "similarity":
+            keep_similarity(runs, folder)
+    files = [folder / f"{run.name}.json" for run in runs.values()]
+    return rows_of([read_record(file) for file in files if file.exists()])
+
+
+def _table(name: str, claim: dict[str, Any], rows: list[Row], results: Path) -> str:
+    """The table of a claim; draws its figure."""
+    figure = results / name / "figure.png"
+    command = f"python train.py experiments={name}"
+    if claim["figure"] == "stored_bytes":
+        others = _rows_in(results / claim["beside"], claim["beside"]) if claim["beside"] else []
+        draw_against_bytes([*rows, *others], claim["title"], figure)
+        return compression_markdown(rows, claim["title"], command)
+    draw_claim(rows, claim["dial"], claim["title"], figure)
+    return markdown(rows, claim["title"], command)
+
+
 def read_claim(name: str) -> dict[str, Any]:
-    """Runs of a claim, and how its table and figure are made: title, dial, figure (over the dial, or stored_bytes),
-    beside (another claim whose rows the figure also shows).
+    """Runs of a claim, and how its table and figure are made; `conf/hydra/sweeper/runs.yaml` says what the keys mean.
 
     Raises:
         UserError: there is no such claim.
@@ -69,8 +96,8 @@ def read_claim(name: str) -> dict[str, Any]:
     if not file.exists():
         known = ", ".join(sorted(f.stem for f in file.parent.glob("*.yaml")))
         raise UserError(f"claim={name}: there is no experiments/{name}.yaml. Claims: {known}")
-    sweeper = yaml.safe_load(file.read_text())["hydra"]["sweeper"]
-    return {"dial": None, "figure": "dial", "beside": None, **sweeper}
+    defaults = yaml.safe_load((ROOT / "conf" / "hydra" / "sweeper" / "runs.yaml").read_text())
+    return {**defaults, **yaml.safe_load(file.read_text())["hydra"]["sweeper"]}
 
 
 def _rows_in(folder: Path, name: str) -> list[Row]:
@@ -84,8 +111,8 @@ def _rows_in(folder: Path, name: str) -> list[Row]:
 def _run_folders(claim: dict[str, Any], output_dir: str) -> dict[str, Path]:
     """The run folder of each of a claim's runs, by its overrides."""
     return {
-        " ".join(job): run_folder(to_plain(composed("train", [*job, f"output_dir={output_dir}"])), ROOT)
-        for job in expand(claim["runs"])
+        " ".join(job): run_folder(to_plain(job_config([*job, f"output_dir={output_dir}"])), ROOT)
+        for job in expand(claim["runs"], common=claim["common"])
     }
 
 

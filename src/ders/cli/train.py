@@ -26,7 +26,7 @@ from ders.cli.compressed import compress_and_score, is_first_process, score_fold
 from ders.cli.instantiation import instantiate
 from ders.cli.parents import parent_folder, parent_scores
 from ders.data import DataSource, PreparedData
-from ders.data.conversation import Template
+from ders.data.conversation import PROMPTS
 from ders.models.bundle import load_bundle, save_bundle, stored_bytes, weights_sha256
 from ders.reporting import RecordError, finish_record, read_record, start_record, write_record
 from ders.reporting.figures import draw_run
@@ -138,7 +138,7 @@ def _train_and_score(
     summary = upcycle_by_config(bundle.model, config)
     log.info("%s", summary or "dense control: no FFN is replaced")
 
-    stage: Stage = instantiate(config.stage.moe)
+    stage: Stage = instantiate(config.stage.moe).sized(prepared)
     module = stage.module(bundle, source, prepared, config.seed, identity(plain))
     results.update(vars(count_parameters(bundle.model)))
     with _loggers(config, plain, folder) as loggers:
@@ -157,24 +157,24 @@ def _train_and_score(
     if trainer.is_global_zero:
         _wait_for_children(trainer)
         bundle.model.cpu()
-        save_bundle(bundle, folder / "model", _provenance(prepared, parent))
+        save_bundle(bundle, folder / "model", _provenance(source, prepared, parent))
         results["stored_bytes"] = stored_bytes(folder / "model")
         device = trainer.strategy.root_device
         results["metrics"] = score_folder(folder, source, prepared, device) | parent_scores(parent)
         draw_run(folder)
         results["peak_gib"] = peak_gib()
         results["wall_seconds"] = round(time.perf_counter() - started, 2)
-    return trainer.global_step, stage.max_steps
+    return trainer.global_step, stage.steps
 
 
-def _provenance(prepared: PreparedData, parent: Path) -> dict[str, Any]:
+def _provenance(source: DataSource, prepared: PreparedData, parent: Path) -> dict[str, Any]:
     """Where a model came from and what it was trained on, for commands that meet its folder later."""
     data = HydraConfig.get().runtime.choices.get("data") if HydraConfig.initialized() else None
     return {
         "data": data,
         "data_hash": prepared.data_hash,
         "split": "train",
-        "prompt": vars(Template()),
+        "prompt": vars(PROMPTS[source.prompt]),
         "parent": str(parent.resolve()),
         "parent_sha256": weights_sha256(parent),
     }

@@ -114,7 +114,15 @@ def compress(
         dtype = next(iter(weights.values())).dtype
         with torch.device(next(iter(weights.values())).device):
             make = delta_maker(upcycling, index, dtype)
-            new = SharedBaseMoE(dense, family.ffn, old.router, make, universal=vanilla.universal, extended=extended)
+            new = SharedBaseMoE(
+                dense,
+                family.ffn,
+                old.router,
+                make,
+                universal=vanilla.universal,
+                universal_weight=vanilla.universal_weight,
+                extended=extended,
+            )
         if old.universal is not None and not extended:
             new.universal = old.universal
         for name, bias in biases.items():

@@ -149,6 +149,10 @@ def _stock_text(source: MoESource, layout: str) -> dict[str, Any]:
         why = "its FFNs have biases, which neither Mixtral nor Qwen2-MoE has"
     elif router["name"] != "TopKRouter":
         why = f"its router is {router['name']}, which neither Mixtral nor Qwen2-MoE has"
+    elif router.get("bias"):
+        why = "its router has a bias, which stock routers have not"
+    elif upcycling.universal and upcycling.universal_weight != "one":
+        why = "its universal FFN is weighted by what the gates leave over, and a shared expert has a gate of its own"
     elif limit is not None and limit * upcycling.top_k < upcycling.num_experts:  # else each expert may take every token
         why = "its router drops choices over capacity in evaluation, and stock routers drop nothing"
     elif router.get("second_choice_noise"):

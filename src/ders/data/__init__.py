@@ -2,6 +2,18 @@
 
 from ders.data.digits import DigitsVQA
 from ders.data.easy import EasyVQA
-from ders.data.source import DataSource, LlavaFiles, PreparedData
+from ders.data.files import LlavaFiles, LlavaMix
+from ders.data.instructions import InstructionFiles
+from ders.data.prepared import PreparedData
+from ders.data.source import DataSource, by_scale
 
-__all__ = ["DataSource", "DigitsVQA", "EasyVQA", "LlavaFiles", "PreparedData"]
+__all__ = [
+    "DataSource",
+    "DigitsVQA",
+    "EasyVQA",
+    "InstructionFiles",
+    "LlavaFiles",
+    "LlavaMix",
+    "PreparedData",
+    "by_scale",
+]

@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ders.data.conversation import IGNORED, Encoder
-from ders.data.rows import IMAGE_TAG, DataError, open_image, resolve_image
+from ders.data.faults import DataError, RowError
+from ders.data.images import read_image
+from ders.data.rows import IMAGE_TAG
 
 # Small sets are read many times: keep what fits.
 _CACHED_BYTES = 256 * 2**20
@@ -27,22 +29,30 @@ class PixelReader:
         self.kept: dict[str, Tensor] = {}
         self.room = _CACHED_BYTES
 
-    def read(self, image: str) -> Tensor:
+    def read(self, image: str, row: str = "") -> Tensor:
+        """Pixel values of an image; `row` says whose it is, in case it cannot be read.
+
+        Raises:
+            DataError: the image cannot be read, or the model reads only text.
+        """
         if image in self.kept:
             return self.kept[image]
-        pixels = self._decode(image)
+        pixels = self._decode(image, row)
         self.room -= pixels.numel() * pixels.element_size()
         if self.room >= 0:
             self.kept[image] = pixels
         return pixels
 
-    def _decode(self, image: str) -> Tensor:
+    def _decode(self, image: str, row: str) -> Tensor:
         if self.process is None or self.image_root is None:
             raise DataError(
                 f"the data has images ({image}), but this model reads only text: choose a model with a vision tower, "
                 "or text-only data"
             )
-        return self.process(open_image(resolve_image(image, self.image_root)))
+        try:
+            return self.process(read_image(image, self.image_root))
+        except RowError as fault:
+            raise DataError(f"{row}{': ' if row else ''}{fault}") from fault
 
 
 class Conversations(Dataset[dict[str, Any]]):
@@ -55,13 +65,14 @@ class Conversations(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def _encode(self, index: int) -> tuple[str | None, list[int], list[int]]:
+    def _encode(self, index: int) -> tuple[str, str | None, list[int], list[int]]:
         row = self.rows[index]
-        return row["image"], *self.encoder.conversation(row["questions"], row["answers"])
+        return f"row {index} ({row['id']})", row["image"], *self.encoder.conversation(row["questions"], row["answers"])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        image, ids, labels = self.encode(int(index))
-        return {"ids": ids, "labels": labels, "pixels": None if image is None else self.pixels.read(image)}
+        name, image, ids, labels = self.encode(int(index))
+        pixels = None if image is None else self.pixels.read(image, name)
+        return {"ids": ids, "labels": labels, "pixels": pixels}
 
 
 class Questions(Dataset[dict[str, Any]]):
@@ -76,18 +87,37 @@ class Questions(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = self.items[index]
-        pixels = None if item["image"] is None else self.pixels.read(item["image"])
+        pixels = None if item["image"] is None else self.pixels.read(item["image"], f"row {item['id']}")
         return {**item, "ids": self.encoder.prompt(item["question"]), "pixels": pixels}
 
 
 def single_questions(row: dict[str, Any]) -> list[dict[str, Any]]:
     """One item per turn of a row; the image goes with every question."""
     tag = f"{IMAGE_TAG}\n" if row["image"] is not None else ""
-    bare = [question.replace(f"{IMAGE_TAG}\n", "").replace(IMAGE_TAG, "") for question in row["questions"]]
+    annotations = row.get("annotations") or [[]] * len(row["answers"])
+    turns = zip(row["questions"], row["answers"], row["kinds"], annotations, strict=True)
     return [
-        {"id": row["id"], "image": row["image"], "question": tag + question, "answer": answer, "kind": kind}
-        for question, answer, kind in zip(bare, row["answers"], row["kinds"], strict=True)
+        {"id": row["id"], "image": row["image"], "question": tag + _bare(question), "answer": answer, "kind": kind}
+        | ({"annotations": told} if told else {})
+        for question, answer, kind, told in turns
     ]
+
+
+def _bare(question: str) -> str:
+    # The tag may stand before the question (LLaVA) or after it (LLaVA-Med).
+    return question.replace(f"{IMAGE_TAG}\n", "").replace(f"\n{IMAGE_TAG}", "").replace(IMAGE_TAG, "")
+
+
+def sample_lengths(rows: Rows) -> list[tuple[bool, int]]:
+    """(has an image, words of all turns) of every row, without a tokenizer: what batches of like rows are made by.
+
+    Rows are read column by column, 10,000 at a time.
+    """
+    lengths: list[tuple[bool, int]] = []
+    for batch in rows.select_columns(["image", "questions", "answers"]).iter(batch_size=10_000):
+        for image, questions, answers in zip(batch["image"], batch["questions"], batch["answers"], strict=True):
+            lengths.append((image is not None, sum(len(text.split()) for text in (*questions, *answers))))
+    return lengths
 
 
 def pad(sequences: list[list[int]], value: int, *, left: bool = False) -> Tensor:

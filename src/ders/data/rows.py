@@ -1,134 +1,199 @@
 """Rows in LLaVA's JSON layout, checked before anyone pays for a training step."""
 
 import json
+import logging
 import re
-import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-from PIL import Image
+from datasets import Dataset, Features, Value
+from datasets import List as Column
+
+from ders.data.faults import DataError, FaultyRow, RowError, listed
+from ders.data.images import inspect_image
+
+log = logging.getLogger(__name__)
 
 IMAGE_TAG = "<image>"
 CLOSED = ("yes", "no")
-# Larger pictures are taken for decompression bombs.
-MAX_PIXELS = 89_478_485
-_SHOWN = 10
+SPEAKERS = ("human", "gpt")
+# How medical sets write their two types of answers.
+_ANSWER_TYPES = {"open": "open", "closed": "closed", "close": "closed", "yes/no": "closed"}
+_TEXT = Value("string")
+_FEATURES = Features(
+    id=_TEXT,
+    image=_TEXT,
+    questions=Column(_TEXT),
+    answers=Column(_TEXT),
+    kinds=Column(_TEXT),
+    annotations=Column(Column(_TEXT)),
+)
 
 
-class DataError(ValueError):
-    """A data set that cannot be trained on; the message lists what is wrong with which rows."""
+@dataclass(frozen=True)
+class Origin:
+    """What a file's rows do not say of themselves.
+
+    Attributes:
+        benchmark: of which benchmark these questions are; their kind is then its name, with `_open` or `_closed` where
+            rows have an `answer_type`.
+        folder: below the image root, where this file's image paths start.
+    """
+
+    benchmark: str | None = None
+    folder: str = ""
+
+    def place(self, image: str | None) -> str | None:
+        """A row's image path as seen from the image root."""
+        return f"{self.folder}/{image}" if self.folder and image is not None else image
 
 
-def read_rows(file: Path, image_root: Path | None) -> Dataset:
+def read_rows(
+    file: Path,
+    image_root: Path | None,
+    *,
+    check_images: bool = True,
+    on_fault: str = "refuse",
+    origin: Origin = Origin(),
+) -> Dataset:
     """Read a LLaVA JSON file: rows of `id`, `image` (optional) and `conversations` (human and gpt in turn).
 
-    Columns of the result: `id`, `image` (path below the image root, or None), `questions`, `answers` and `kinds` (one
-    entry per turn each). A row may name a kind per turn in `kinds`, written `like_this`; else yes/no
-    answers are `closed`, others `open`.
+    Columns of the result: `id`, `image` (path below the image root, or None), `questions`, `answers`, `kinds` and
+    `annotations` (one entry per turn each). A row may name a kind per turn in `kinds`, written `like_this`, or its
+    `answer_type`; else yes/no answers are `closed`, others `open`. `annotations` are the answers of several people to
+    one question, which VQA v2 and VizWiz give as `answers`; mostly there are none.
+
+    Args:
+        check_images: decode every image. False: they are taken to be there, for reading hundreds of thousands takes
+            hours.
+        on_fault: refuse the file for a row that cannot be used, or skip such rows and log how many.
 
     Raises:
         DataError: the file is missing or not JSON; rows are broken; images are missing, unreadable, outside the image
             root or too large. All problems are found in one pass.
     """
+    raw = raw_rows(file)
+    checked: dict[str, RowError | None] = {}
+
+    def image_fault(image: str) -> RowError | None:
+        if image not in checked:
+            checked[image] = inspect_image(image, image_root)[0]
+        return checked[image]
+
+    needs_check = check_images or image_root is None
+    rows, faulty = sift(raw, origin, image_fault if needs_check else lambda _: None)
+    if faulty and (on_fault == "refuse" or not rows):
+        raise DataError(f"{file}: {len(faulty)} of {len(raw)} rows cannot be used:{listed(faulty)}")
+    if faulty:
+        log.warning("%s: %d of %d rows cannot be used and are skipped:%s", file, len(faulty), len(raw), listed(faulty))
+    return Dataset.from_list(rows, features=_FEATURES)
+
+
+def raw_rows(file: Path) -> list[Any]:
+    """The entries of a JSON list, or of a file with one JSON value a line.
+
+    Raises:
+        DataError: the file is missing, empty or not JSON.
+    """
     if not file.is_file():
         raise DataError(f"{file}: no such file. Set data.{file.stem} to a JSON file in LLaVA's layout")
     try:
-        raw = json.loads(file.read_text())
+        text = file.read_text()
+        raw = [json.loads(line) for line in text.split("\n") if line.strip()] if file.suffix == ".jsonl" else None
+        raw = json.loads(text) if raw is None else raw
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: not a JSON file: {error}") from error
     if not isinstance(raw, list) or not raw:
         raise DataError(f"{file}: expected a non-empty list of rows in LLaVA's layout")
-    problems: list[str] = []
-    rows = []
-    checked: dict[str, str | None] = {}
+    return raw
+
+
+def sift(
+    raw: list[Any], origin: Origin, image_fault: Callable[[str], RowError | None]
+) -> tuple[list[dict[str, Any]], list[FaultyRow]]:
+    """Parsed rows, and those that cannot be used."""
+    rows, faulty = [], []
     for index, entry in enumerate(raw):
         try:
-            row = _parse(entry)
-            image = row["image"]
-            if image is not None:
-                if image not in checked:
-                    checked[image] = _image_problem(image, image_root)
-                if (problem := checked[image]) is not None:
-                    raise ValueError(problem)
+            row = parse(entry, origin)
+            if row["image"] is not None and (fault := image_fault(row["image"])) is not None:
+                raise fault
             rows.append(row)
-        except ValueError as error:
+        except RowError as fault:
             name = entry.get("id", "no id") if isinstance(entry, dict) else "no id"
-            problems.append(f"row {index} ({name}): {error}")
-    if problems:
-        more = f"\n  … and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        listed = "\n  ".join(problems[:_SHOWN])
-        raise DataError(f"{file}: {len(problems)} of {len(raw)} rows cannot be used:\n  {listed}{more}")
-    return Dataset.from_list(rows)
+            faulty.append(FaultyRow(index, str(name), fault.kind, str(fault)))
+    return rows, faulty
 
 
-def _parse(entry: Any) -> dict[str, Any]:
+def parse(entry: Any, origin: Origin = Origin()) -> dict[str, Any]:
+    """One row of a file as `read_rows` gives it, its image unseen.
+
+    Raises:
+        RowError: it cannot be used.
+    """
     if not isinstance(entry, dict):
-        raise ValueError("not an object")
-    turns = entry.get("conversations")
-    if not isinstance(turns, list) or not turns or len(turns) % 2:
-        raise ValueError("`conversations` must hold human and gpt turns in pairs")
-    for turn, speaker in zip(turns, ["human", "gpt"] * (len(turns) // 2), strict=True):
-        if not isinstance(turn, dict) or turn.get("from") != speaker or not isinstance(turn.get("value"), str):
-            raise ValueError("`conversations` must alternate {from: human, value: …} and {from: gpt, value: …}")
-    questions = [turn["value"] for turn in turns[::2]]
-    answers = [turn["value"] for turn in turns[1::2]]
+        raise RowError("not_an_object", "not an object")
+    questions, answers = _turns(entry)
     image = entry.get("image")
     if image is not None and not isinstance(image, str):
-        raise ValueError("`image` must be a path below the image root")
+        raise RowError("image_path", "`image` must be a path below the image root")
     tags = sum(question.count(IMAGE_TAG) for question in questions)
     if tags != (image is not None):
-        raise ValueError(f"{tags} {IMAGE_TAG} tags in the questions, but {'an' if image else 'no'} image")
-    if any(IMAGE_TAG in answer for answer in answers):
-        raise ValueError(f"an answer holds {IMAGE_TAG}")
-    kinds = entry.get("kinds") or ["closed" if answer.strip().lower() in CLOSED else "open" for answer in answers]
-    kinds = [re.sub(r"[^a-z0-9]+", "_", str(kind).lower()).strip("_") for kind in kinds]
-    if len(kinds) != len(answers) or not all(kinds):
-        raise ValueError("`kinds` must hold one kind per turn, of letters and digits")
+        kind = "tag_without_image" if image is None else "image_without_tag" if tags == 0 else "several_tags"
+        raise RowError(kind, f"{tags} {IMAGE_TAG} tags in the questions, but {'an' if image else 'no'} image")
     return {
         "id": str(entry.get("id", "")),
-        "image": image,
+        "image": origin.place(image),
         "questions": questions,
         "answers": answers,
-        "kinds": kinds,
+        "kinds": _kinds(entry, answers, origin.benchmark),
+        "annotations": _annotations(entry, answers),
     }
 
 
-def resolve_image(image: str, image_root: Path) -> Path:
-    """The absolute path of a row's image.
-
-    Raises:
-        ValueError: the path leaves the image root, symbolic links followed.
-    """
-    root = image_root.resolve()
-    path = (root / image).resolve()
-    if not path.is_relative_to(root):
-        raise ValueError(f"{image}: the path leaves the image root {root}")
-    return path
-
-
-def open_image(path: Path) -> Image.Image:
-    """A decoded RGB picture; refuses decompression bombs."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise Image.DecompressionBombError(f"{image.width}×{image.height} pixels")
-            return image.convert("RGB")
+def _turns(entry: dict[str, Any]) -> tuple[list[str], list[str]]:
+    # LLaVA-Med's test files misspell the name.
+    turns = entry.get("conversations", entry.get("conversatons"))
+    if not isinstance(turns, list) or not turns or len(turns) % 2:
+        raise RowError("turns", "`conversations` must hold human and gpt turns in pairs")
+    for turn, speaker in zip(turns, SPEAKERS * (len(turns) // 2), strict=True):
+        told = turn.get("from") if isinstance(turn, dict) else None
+        if told is not None and told not in SPEAKERS:
+            raise RowError("unknown_speaker", f"unknown speaker {told!r}: turns are from human and from gpt")
+        if told != speaker or not isinstance(turn.get("value"), str):
+            message = "`conversations` must alternate {from: human, value: …} and {from: gpt, value: …}"
+            raise RowError("turns", message)
+    answers = [turn["value"] for turn in turns[1::2]]
+    for number, answer in enumerate(answers, start=1):
+        if not answer.strip():
+            raise RowError("empty_answer", f"the answer of turn {number} is empty")
+        if IMAGE_TAG in answer:
+            raise RowError("tag_in_answer", f"an answer holds {IMAGE_TAG}")
+    return [turn["value"] for turn in turns[::2]], answers
 
 
-def _image_problem(image: str, image_root: Path | None) -> str | None:
-    if image_root is None:
-        return "has an image, but data.images (the image root) is not set"
-    try:
-        path = resolve_image(image, image_root)
-        if not path.is_file():
-            return f"{image}: missing below {image_root}"
-        open_image(path)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        return f"{image}: refused as a decompression bomb ({error})"
-    except (OSError, SyntaxError) as error:
-        return f"{image}: unreadable ({error})"
-    except ValueError as error:
-        return str(error)
-    return None
+def _kinds(entry: dict[str, Any], answers: list[str], benchmark: str | None) -> list[str]:
+    if entry.get("kinds"):
+        kinds = [re.sub(r"[^a-z0-9]+", "_", str(kind).lower()).strip("_") for kind in entry["kinds"]]
+        if len(kinds) != len(answers) or not all(kinds):
+            raise RowError("kinds", "`kinds` must hold one kind per turn, of letters and digits")
+        return kinds
+    if (told := entry.get("answer_type")) is not None:
+        if (kind := _ANSWER_TYPES.get(str(told).lower())) is None:
+            raise RowError("answer_type", f"unknown answer_type {told!r}: it must be OPEN or CLOSED")
+        return [kind if benchmark is None else f"{benchmark}_{kind}"] * len(answers)
+    if benchmark is not None:
+        return [benchmark] * len(answers)
+    return ["closed" if answer.strip().lower() in CLOSED else "open" for answer in answers]
+
+
+def _annotations(entry: dict[str, Any], answers: list[str]) -> list[list[str]]:
+    given = entry.get("answers")
+    if given is None:
+        return [[] for _ in answers]
+    told = [item.get("answer") if isinstance(item, dict) else item for item in given] if isinstance(given, list) else []
+    if len(answers) != 1 or not told or not all(isinstance(answer, str) for answer in told):
+        raise RowError("annotations", "`answers` must list what people answered to the one question of its row")
+    return [told]

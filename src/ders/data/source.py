@@ -2,64 +2,19 @@
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from datasets import Dataset
 from filelock import FileLock
 
-from ders.data.rows import DataError, read_rows
-
-SPLITS = ("train", "val", "test")
-
-
-@functools.lru_cache(maxsize=8)
-def _checked_rows(file: Path, image_root: Path | None, modified: int) -> Dataset:
-    # Checking decodes every image: once per file and process is enough.
-    return read_rows(file, image_root)
-
-
-@dataclass(frozen=True)
-class PreparedData:
-    """Files on disk, ready to be read.
-
-    Attributes:
-        files: JSON file of each split, in LLaVA's layout.
-        image_root: folder below which all images lie; None for text-only data.
-        labels: per split, {image path: class ids}, one id per patch or one per image; None where nobody knows.
-        num_classes: of these labels.
-        data_hash: sha256 over all content that is read.
-    """
-
-    files: dict[str, Path]
-    image_root: Path | None
-    data_hash: str
-    labels: Path | None = None
-    num_classes: int = 0
-
-    def split(self, name: str) -> Dataset:
-        if name not in self.files:
-            raise DataError(f"this data has no {name} split: it has {', '.join(self.files)}")
-        file = self.files[name]
-        return _checked_rows(file, self.image_root, file.stat().st_mtime_ns)
-
-    def image_labels(self, split: str) -> dict[str, list[int]]:
-        """Class ids by image path: one per image, or one per patch in reading order."""
-        assert self.labels is not None
-        found: dict[str, list[int]] = json.loads(self.labels.read_text())[split]
-        return found
-
-    def texts(self) -> Iterator[str]:
-        """Every question and answer of the training split, to build a vocabulary from."""
-        for row in json.loads(self.files["train"].read_text()):
-            for turn in row["conversations"]:
-                yield turn["value"]
+from ders.data.conversation import Encoder, named_prompt
+from ders.data.prepared import SPLITS, PreparedData
+from ders.data.scores import SCORERS
 
 
 @dataclass(kw_only=True)
@@ -71,42 +26,78 @@ class DataSource:
         patch_size: side of a patch on which one visual token should look; a model may choose another.
         max_answer_tokens: longest answer that evaluation generates.
         eval_batch_size: questions per evaluation batch.
+        prompt: how turns become text, a name in `ders.data.conversation.PROMPTS`.
+        split_prompts: prompts of the splits that have another.
+        max_length: longest conversation in tokens, visual ones included; what is longer loses its end. None for any.
+        scorers: question kind → scorer, a name in `ders.data.scores.SCORERS`. A key may be a pattern (`vqa_rad_*`) or
+            the beginning of kinds (`vqa_rad`); the longest that fits counts.
+
+    Raises:
+        ValueError: there is no such prompt or scorer, or max_length is no length.
     """
 
     image_size: int | None = None
     patch_size: int | None = None
     max_answer_tokens: int = 8
     eval_batch_size: int = 256
+    prompt: str = "vicuna"
+    split_prompts: dict[str, str] = field(default_factory=dict)
+    max_length: int | None = None
+    scorers: dict[str, str] = field(default_factory=dict)
+
+    # Where the dials of this source lie, for messages.
+    dials: ClassVar[str] = "data"
+
+    def __post_init__(self) -> None:
+        for prompt in self.prompts:
+            named_prompt(prompt)
+        for scorer in self.scorers.values():
+            if scorer not in SCORERS:
+                raise ValueError(f"{self.dials}.scorers must name {', '.join(SCORERS)}: got {scorer!r}")
+        if self.max_length is not None and (not isinstance(self.max_length, int) or self.max_length < 1):
+            raise ValueError(f"{self.dials}.max_length must be a whole number from 1 on: got {self.max_length!r}")
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """Names of all prompts that this data is put in."""
+        return (self.prompt, *self.split_prompts.values())
+
+    def encoder(self, tokenizer: Any, image_tokens: int, split: str = "train") -> Encoder:
+        """Turns the conversations of a split into token ids."""
+        prompt = named_prompt(self.split_prompts.get(split, self.prompt))
+        return Encoder(tokenizer, image_tokens, prompt, self.max_length)
 
     def prepare(self, cache: Path) -> PreparedData:
         """The files of this source, written below `cache` first if need be."""
         raise NotImplementedError
 
 
-@dataclass(kw_only=True)
-class LlavaFiles(DataSource):
-    """Files you have: JSON in LLaVA's layout and an image folder.
+# How the data is read and asked changes no file.
+_OF_NO_FILE = {f.name for f in dataclasses.fields(DataSource)} - {"image_size", "patch_size"}
 
-    Attributes:
-        train, val, test: JSON files; the last two may be left out.
-        images: the image root; None for text-only data.
+
+def by_scale(
+    *,
+    scale: str,
+    tiny: DataSource,
+    paper: DataSource,
+    image_size: int | None = None,
+    patch_size: int | None = None,
+) -> DataSource:
+    """The source of a configuration that holds two, one for each scale.
+
+    Args:
+        scale: tiny or paper.
+        image_size, patch_size: of the chosen one's images.
+
+    Raises:
+        ValueError: there is no such scale.
     """
-
-    train: str
-    val: str | None = None
-    test: str | None = None
-    images: str | None = None
-
-    def prepare(self, cache: Path) -> PreparedData:
-        files = {name: Path(getattr(self, name)) for name in SPLITS if getattr(self, name) is not None}
-        for name, file in files.items():
-            if not file.is_file():
-                raise DataError(f"data.{name}={file}: no such file")
-        root = None if self.images is None else Path(self.images)
-        if root is not None and not root.is_dir():
-            raise DataError(f"data.images={root}: no such folder")
-        # Images are not hashed: real sets hold hundreds of gigabytes. Their names are in the JSON.
-        return PreparedData(files, root, _hash_files(files.values()))
+    if scale not in ("tiny", "paper"):
+        raise ValueError(f"scale must be tiny or paper: got {scale!r}")
+    chosen = dataclasses.replace(tiny if scale == "tiny" else paper, image_size=image_size, patch_size=patch_size)
+    chosen.dials = f"data.{scale}"
+    return chosen
 
 
 @dataclass(kw_only=True)
@@ -118,17 +109,14 @@ class WrittenSource(DataSource):
         raise NotImplementedError
 
     def prepare(self, cache: Path) -> PreparedData:
-        # How answers are generated changes no file.
-        content = {
-            k: v for k, v in dataclasses.asdict(self).items() if k not in ("max_answer_tokens", "eval_batch_size")
-        }
+        content = {k: v for k, v in dataclasses.asdict(self).items() if k not in _OF_NO_FILE}
         key = hashlib.sha256(json.dumps([type(self).__name__, content], sort_keys=True).encode()).hexdigest()[:12]
         folder = cache / "data" / f"{type(self).__name__.lower()}-{key}"
         with building(folder) as unfinished:
             if unfinished is not None:
                 known = self.write(unfinished)
                 (unfinished / "labels.json").write_text(json.dumps(known.get("labels", {})))
-                info = {"num_classes": known.get("num_classes", 0), "data_hash": _hash_files(unfinished.rglob("*.*"))}
+                info = {"num_classes": known.get("num_classes", 0), "data_hash": hash_files(unfinished.rglob("*.*"))}
                 (unfinished / "info.json").write_text(json.dumps(info))
         info = json.loads((folder / "info.json").read_text())
         return PreparedData(
@@ -137,6 +125,7 @@ class WrittenSource(DataSource):
             data_hash=info["data_hash"],
             labels=folder / "labels.json" if info["num_classes"] else None,
             num_classes=info["num_classes"],
+            prompts=self.prompts,
         )
 
 
@@ -161,11 +150,13 @@ def building(folder: Path) -> Iterator[Path | None]:
         unfinished.rename(folder)
 
 
-def _hash_files(files: Any) -> str:
+def hash_files(files: Any) -> str:
+    """sha256 over the names and contents of files."""
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(file.name.encode() + b"\0")
-        digest.update(hashlib.sha256(file.read_bytes()).digest())
+        with file.open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
     return digest.hexdigest()
 
 

@@ -4,17 +4,20 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import track
 from torch.utils.data import DataLoader
 
 from ders.data import DataSource, PreparedData
-from ders.data.conversation import Encoder
 from ders.data.loading import PixelReader, Questions, collate_questions
 from ders.data.metrics import MajorityPrior, summarize
+from ders.kernels import stable_hash
 from ders.models.bundle import ModelBundle
 from ders.models.generation import generate_answers
 from ders.moe import take_routings
+
+_KEPT = ("id", "image", "kind", "question", "answer", "annotations")
 
 
 @dataclass(frozen=True)
@@ -26,10 +29,11 @@ class Score:
 
 
 def score(bundle: ModelBundle, source: DataSource, prepared: PreparedData, split: str, prefix: str) -> Score:
-    """Greedy answers to every question of a split: exact-match accuracy and the question-only prior, by kind."""
+    """Greedy answers to every question of a split: exact match, the question-only prior and the data's own scorers, by
+    kind."""
     questions = Questions(
         prepared.split(split),
-        Encoder(bundle.tokenizer, bundle.image_tokens),
+        source.encoder(bundle.tokenizer, bundle.image_tokens, split),
         PixelReader(prepared.image_root, bundle.pixel_reader),
     )
     collate = functools.partial(collate_questions, pad_id=bundle.tokenizer.pad_token_id)
@@ -43,9 +47,11 @@ def score(bundle: ModelBundle, source: DataSource, prepared: PreparedData, split
             key: value.to(device, bundle.model.dtype if value.is_floating_point() else None)
             for key, value in batch["inputs"].items()
         }
+        # A router that draws its second choice with noise does so here too: a model's scores are always the same draw.
+        torch.manual_seed(stable_hash("scoring", len(items)))
         answers = generate_answers(bundle.model, bundle.tokenizer, inputs, source.max_answer_tokens)
         take_routings(bundle.model)
         for item, answer in zip(batch["items"], answers, strict=True):
-            kept = {key: item[key] for key in ("id", "image", "kind", "question", "answer")}
+            kept = {key: item[key] for key in _KEPT if key in item}
             items.append({**kept, "prediction": answer, "prior": prior(item)})
-    return Score(summarize(items, prefix), items)
+    return Score(summarize(items, prefix, source.scorers), items)

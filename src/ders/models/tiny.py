@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -51,27 +51,39 @@ class TinyLM:
     """A small language model of any family, with a vocabulary made from the data's words.
 
     Attributes:
-        text: entries of a Hugging Face text configuration, `model_type` among them.
+        text: entries of a Hugging Face text configuration, `model_type` among them. A `vocab_size` in it is kept,
+            whatever the data's words are.
+        sizes: values of the dial `scale` that the model has shapes for.
     """
 
     text: dict[str, Any]
 
     has_images = False
+    sizes: ClassVar[tuple[str, ...]] = ("tiny",)
 
     def dense(self, vocab_size: int = 256) -> nn.Module:
         """The model with random weights; under `torch.device("meta")` its shapes alone."""
         return AutoModelForCausalLM.from_config(self._text_config(vocab_size))
 
+    def verify(self) -> None:
+        """Check the parts that `build` would load, without their weights; there are none here."""
+
     def build(self, texts: Iterable[str]) -> ModelBundle:
         """The model with random weights (torch's generator) and its tokenizer."""
-        tokenizer = word_tokenizer(texts)
+        tokenizer = self._word_tokenizer(texts)
         return ModelBundle(self.dense(len(tokenizer)), tokenizer)
+
+    def _word_tokenizer(self, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+        tokenizer, limit = word_tokenizer(texts), self.text.get("vocab_size")
+        if limit is not None and len(tokenizer) > limit:
+            raise ValueError(f"the data has {len(tokenizer)} words and signs: set model.text.vocab_size, now {limit}")
+        return tokenizer
 
     def _text_config(self, vocab_size: int) -> Any:
         require_family(self.text["model_type"])
+        given = {key: value for key, value in self.text.items() if key != "vocab_size" or value is not None}
         return AutoConfig.for_model(
-            **self.text,
-            vocab_size=vocab_size,
+            **{"vocab_size": vocab_size} | given,
             pad_token_id=_SPECIAL.index("<pad>"),
             bos_token_id=_SPECIAL.index("<s>"),
             eos_token_id=_SPECIAL.index("</s>"),
@@ -109,20 +121,23 @@ class TinyLlava(TinyLM):
         return LlavaForConditionalGeneration(config)
 
     def build(self, texts: Iterable[str]) -> ModelBundle:
-        tokenizer = word_tokenizer(texts)
-        model = self.dense(len(tokenizer))
+        tokenizer = self._word_tokenizer(texts)
+        return ModelBundle(self.dense(len(tokenizer)), self._processor(tokenizer, self._image_processor()))
+
+    def _image_processor(self) -> Any:
         size = self.vision["image_size"]
-        images = CLIPImageProcessorPil(
+        return CLIPImageProcessorPil(
             size={"shortest_edge": size}, crop_size={"height": size, "width": size}, resample=2
         )
-        processor = LlavaProcessor(
+
+    def _processor(self, tokenizer: Any, images: Any) -> LlavaProcessor:
+        return LlavaProcessor(
             image_processor=images,
             tokenizer=tokenizer,
             patch_size=self.vision["patch_size"],
             vision_feature_select_strategy="default",
             num_additional_image_tokens=1,
         )
-        return ModelBundle(model, processor)
 
 
 def dense_from_config(config: Any) -> nn.Module:

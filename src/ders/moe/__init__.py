@@ -2,12 +2,15 @@
 
 from ders.moe.experts import SharedBaseExperts, VanillaExperts
 from ders.moe.ffn import FFN
-from ders.moe.layer import MoELayer, SharedBaseMoE, VanillaMoE, moe_layers, take_routings
+from ders.moe.layer import UNIVERSAL_WEIGHTS, MoELayer, SharedBaseMoE, VanillaMoE, moe_layers, take_routings
+from ders.moe.noisy import NoisyMLPRouter
 from ders.moe.router import Router, Routing, TopKRouter, load_balancing_loss
 
 __all__ = [
     "FFN",
+    "UNIVERSAL_WEIGHTS",
     "MoELayer",
+    "NoisyMLPRouter",
     "Router",
     "Routing",
     "SharedBaseExperts",

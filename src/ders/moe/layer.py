@@ -7,6 +7,7 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,9 +16,12 @@ from ders.moe.experts import SharedBaseExperts, VanillaExperts
 from ders.moe.ffn import FFN
 from ders.moe.router import Router, Routing
 
+# What multiplies the universal FFN: 1 (Med-MoE), or 1 − Σ_k g_k (XFT).
+UNIVERSAL_WEIGHTS = ("one", "complement")
+
 
 class MoELayer(nn.Module):
-    """Σ_k g_k · FFN_{e_k}(x), plus the universal FFN where there is one (Med-MoE). Takes and returns hidden states.
+    """Σ_k g_k · FFN_{e_k}(x), plus the weighted universal FFN where there is one. Takes and returns hidden states.
 
     The last routing stays readable in `last_routing` until it is taken, for the losses and the statistics.
 
@@ -26,12 +30,21 @@ class MoELayer(nn.Module):
         form: how that module is built.
         router: decides over the experts; its own E and K are the layer's.
         universal: keep a copy of the dense FFN that serves every token beside the experts.
+        universal_weight: what multiplies that copy's output, `one` or `complement` (1 − Σ_k g_k).
+
+    Raises:
+        ValueError: an unknown `universal_weight`.
     """
 
     experts: VanillaExperts | SharedBaseExperts
 
-    def __init__(self, dense: nn.Module, form: FFN, router: Router, *, universal: bool = False) -> None:
+    def __init__(
+        self, dense: nn.Module, form: FFN, router: Router, *, universal: bool = False, universal_weight: str = "one"
+    ) -> None:
         super().__init__()
+        if universal_weight not in UNIVERSAL_WEIGHTS:
+            raise ValueError(f"universal_weight must be {' or '.join(UNIVERSAL_WEIGHTS)}: got {universal_weight!r}")
+        self.universal_weight = universal_weight
         self.router = router
         self.universal: nn.Module | None = copy.deepcopy(dense) if universal else None
         self.last_routing: Routing | None = None
@@ -49,12 +62,27 @@ class MoELayer(nn.Module):
         """The base weights all experts share; empty where they share none."""
         yield from ()
 
+    @property
+    def has_universal(self) -> bool:
+        """Whether an FFN serves every token, as a copy of its own or over the shared base."""
+        return self.universal is not None
+
+    def universal_gates(self, routing: Routing) -> Tensor:
+        """What multiplies the universal FFN's output, token by token (T,)."""
+        gates_T = routing.top_k_weights_TK.sum(-1)
+        return torch.ones_like(gates_T) if self.universal_weight == "one" else 1 - gates_T
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         routing = self.router(x_TD)
         self.last_routing = routing
         y = self.run_experts(x_TD, routing).view(hidden_states.shape)
-        return y if self.universal is None else y + self.universal(hidden_states)
+        if self.universal is None:
+            return y
+        everywhere: Tensor = self.universal(hidden_states)
+        if self.universal_weight == "complement":
+            everywhere = everywhere * self.universal_gates(routing).view(*y.shape[:-1], 1).to(y.dtype)
+        return y + everywhere
 
     def __getstate__(self) -> dict[str, Any]:
         # A routing holds the graph of its step: a copy of the layer must not.
@@ -66,8 +94,8 @@ class VanillaMoE(MoELayer):
 
     experts: VanillaExperts
 
-    def __init__(self, dense: nn.Module, form: FFN, router: Router, *, universal: bool = False) -> None:
-        super().__init__(dense, form, router, universal=universal)
+    def __init__(self, dense: nn.Module, form: FFN, router: Router, **universal: Any) -> None:
+        super().__init__(dense, form, router, **universal)
         self.experts = VanillaExperts(dense, form, router.num_experts)
 
     def run_experts(self, x_TD: Tensor, routing: Routing) -> Tensor:
@@ -81,7 +109,7 @@ class SharedBaseMoE(MoELayer):
     """One shared base under the dense names (`gate_proj.weight`, …) and E deltas in `experts`.
 
     The dense names make a file of this layer readable as the dense model by a loader that knows nothing of deltas.
-    With `extended` the universal FFN is expert E, over the same base, and every token's last choice with weight 1.
+    With `extended` the universal FFN is expert E, over the same base, and every token's last choice.
     """
 
     experts: SharedBaseExperts
@@ -94,9 +122,10 @@ class SharedBaseMoE(MoELayer):
         make_delta: Callable[..., Delta],
         *,
         universal: bool = False,
+        universal_weight: str = "one",
         extended: bool = False,
     ) -> None:
-        super().__init__(dense, form, router, universal=universal and not extended)
+        super().__init__(dense, form, router, universal=universal and not extended, universal_weight=universal_weight)
         self.extended = extended
         self.experts = SharedBaseExperts(dense, form, router.num_experts + extended, make_delta)
         for name, linear in form.linears(dense).items():
@@ -109,8 +138,12 @@ class SharedBaseMoE(MoELayer):
         index_TK, weights_TK = routing.top_k_index_TK, routing.top_k_weights_TK
         if self.extended:
             index_TK = F.pad(index_TK, (0, 1), value=self.router.num_experts)
-            weights_TK = F.pad(weights_TK, (0, 1), value=1.0)
+            weights_TK = torch.cat([weights_TK, self.universal_gates(routing)[:, None]], dim=1)
         return self.experts(x_TD, index_TK, weights_TK, base=self)
+
+    @property
+    def has_universal(self) -> bool:
+        return self.extended or super().has_universal
 
     def effective_weight(self, name: str, expert: int) -> Tensor:
         delta = self.experts.deltas[name]

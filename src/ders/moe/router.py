@@ -22,11 +22,13 @@ class Routing:
         probs_TE: softmax over all experts, fp32 or wider.
         top_k_index_TK: chosen experts, first choice first.
         top_k_weights_TK: gate weights; a choice dropped for capacity has weight zero.
+        load_TE: chance that an expert is chosen, where noise makes that differentiable; else None.
     """
 
     probs_TE: Tensor
     top_k_index_TK: Tensor
     top_k_weights_TK: Tensor
+    load_TE: Tensor | None = None
 
 
 def load_balancing_loss(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
@@ -54,6 +56,7 @@ class Router(nn.Module):
         hidden_size: D.
         num_experts: E.
         top_k: K, from 1 to E.
+        frozen: its weights stay as they are, whatever else trains.
         seed: decides the random weights, and nothing else does: methods compared under one seed start from one router.
     """
 
@@ -63,13 +66,32 @@ class Router(nn.Module):
         super().__init_subclass__(**kwargs)
         Router.known[cls.__name__] = cls
 
-    def __init__(self, hidden_size: int, num_experts: int, top_k: int, *, seed: int = 0) -> None:
+    def __init__(self, hidden_size: int, num_experts: int, top_k: int, *, frozen: bool = False, seed: int = 0) -> None:
         super().__init__()
         if num_experts < 1:
             raise ValueError(f"num_experts must be at least 1: got {num_experts}")
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k must be between 1 and num_experts={num_experts}: got {top_k}")
-        self.hidden_size, self.num_experts, self.top_k, self.seed = hidden_size, num_experts, top_k, seed
+        self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
+        self.frozen, self.seed = frozen, seed
+
+    def drawn(self, out_features: int, in_features: int, name: str = "router") -> nn.Parameter:
+        """A weight (O, I) in fp32, uniform in ±1/√I as torch's linear layers, by seed and name alone."""
+        weight_OI = torch.empty(out_features, in_features, dtype=torch.float32)
+        if not weight_OI.is_meta:
+            generator = torch.Generator("cpu").manual_seed(stable_hash(self.seed, name))  # the same on every device
+            bound = 1 / math.sqrt(in_features)
+            weight_OI.copy_(torch.empty(weight_OI.shape, device="cpu").uniform_(-bound, bound, generator=generator))
+        return nn.Parameter(weight_OI)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Router":
+        # Weights stay in fp32 when the model is cast to half precision: bf16 ties make experts swap between runs.
+        before = {name: parameter.data for name, parameter in self.named_parameters()}
+        super()._apply(fn, recurse)
+        for name, parameter in self.named_parameters():
+            if parameter.dtype in (torch.bfloat16, torch.float16) and not parameter.is_meta:
+                parameter.data = before[name].to(parameter.device)
+        return self
 
     @property
     def preserves_function(self) -> bool:
@@ -85,12 +107,13 @@ class Router(nn.Module):
 
 
 class TopKRouter(Router):
-    """MoE-LLaVA's router: a bias-free fp32 linear layer, softmax over all experts, then the top k.
+    """MoE-LLaVA's router: an fp32 linear layer, softmax over all experts, then the top k.
 
     With k ≥ 2 the chosen probabilities are renormalised to sum to one; with k = 1 the weight is the raw probability
     (a renormalised top-1 gate is constant and would leave the router without a gradient from the task).
 
     Args:
+        bias: the linear layer has one, zero at first (Med-MoE's has).
         renormalize: whether the chosen probabilities are renormalised, where that is not as above: Mixtral does it with
             k = 1 too, Qwen2-MoE may leave it with any k.
         second_choice_noise: the second choice is the argmax of logits + Gumbel noise with the first choice left out,
@@ -107,14 +130,16 @@ class TopKRouter(Router):
         num_experts: int,
         top_k: int,
         *,
+        bias: bool = False,
         renormalize: bool | None = None,
         second_choice_noise: bool = False,
         capacity_factor: float | None = None,
         eval_capacity_factor: float | None = None,
         min_capacity: int = 0,
+        frozen: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__(hidden_size, num_experts, top_k, seed=seed)
+        super().__init__(hidden_size, num_experts, top_k, frozen=frozen, seed=seed)
         if second_choice_noise and top_k != 2:
             raise ValueError(f"second_choice_noise is defined for top_k=2 only: got top_k={top_k}")
         for name, factor in [("capacity_factor", capacity_factor), ("eval_capacity_factor", eval_capacity_factor)]:
@@ -124,20 +149,8 @@ class TopKRouter(Router):
         self.second_choice_noise = second_choice_noise
         self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
         self.min_capacity = min_capacity
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=torch.float32))
-        if not self.weight.is_meta:
-            generator = torch.Generator("cpu").manual_seed(stable_hash(seed, "router"))  # the same on every device
-            bound = 1 / math.sqrt(hidden_size)
-            drawn = torch.empty(self.weight.shape, device="cpu").uniform_(-bound, bound, generator=generator)
-            self.weight.data.copy_(drawn)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "TopKRouter":
-        # Weights stay in fp32 when the model is cast to half precision: bf16 ties make experts swap between runs.
-        before = self.weight.data
-        super()._apply(fn, recurse)
-        if self.weight.dtype in (torch.bfloat16, torch.float16) and not self.weight.is_meta:
-            self.weight.data = before.to(self.weight.device)
-        return self
+        self.weight = self.drawn(num_experts, hidden_size)
+        self.bias = nn.Parameter(torch.zeros(num_experts, dtype=torch.float32)) if bias else None
 
     @property
     def preserves_function(self) -> bool:
@@ -147,7 +160,8 @@ class TopKRouter(Router):
     def forward(self, x_TD: Tensor) -> Routing:
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = F.linear(x_TD.to(dtype), self.weight.to(dtype))
+            bias_E = None if self.bias is None else self.bias.to(dtype)
+            logits_TE = F.linear(x_TD.to(dtype), self.weight.to(dtype), bias_E)
             probs_TE = logits_TE.softmax(dim=-1)
         index_TK = self._choose(logits_TE.detach())
         weights_TK = probs_TE.gather(1, index_TK)

@@ -1,6 +1,6 @@
 """Which rows a step trains on: a pure function of (seed, step, world size), so a resumed run meets the same batches."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.utils.data import Sampler
@@ -20,6 +20,8 @@ class StepBatches(Sampler[list[int]]):
         num_steps: optimizer steps of the whole run.
         accumulate: micro-batches per step.
         start: micro-batches already trained on.
+        lengths: of each row, whether it has an image and how long it is; then a step's rows all have an image or all
+            have none, and are of like length, but for those that do not fill a batch of their own.
 
     Raises:
         ValueError: the global batch cannot be split evenly.
@@ -36,6 +38,7 @@ class StepBatches(Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
         start: int = 0,
+        lengths: Sequence[tuple[bool, int]] | None = None,
     ) -> None:
         if global_batch_size % (accumulate * world_size):
             raise ValueError(
@@ -44,6 +47,7 @@ class StepBatches(Sampler[list[int]]):
             )
         self.num_rows, self.global_batch_size, self.num_steps = num_rows, global_batch_size, num_steps
         self.accumulate, self.seed, self.rank, self.world_size, self.start = accumulate, seed, rank, world_size, start
+        self.lengths = lengths
 
     def __len__(self) -> int:
         # The whole run's length, also after a resume: Lightning counts the batches of an epoch from its beginning.
@@ -64,4 +68,29 @@ class StepBatches(Sampler[list[int]]):
 
     def _epoch(self, epoch: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(stable_hash(self.seed, "epoch", epoch))
-        return torch.randperm(self.num_rows, generator=generator)
+        order = torch.randperm(self.num_rows, generator=generator)
+        if self.lengths is None:
+            return order
+        # What completes the batch that the epoch before began.
+        first = -epoch * self.num_rows % self.global_batch_size
+        grouped = group(order[first:].tolist(), self.lengths, self.global_batch_size, generator)
+        return torch.cat([order[:first], torch.tensor(grouped, dtype=order.dtype)])
+
+
+def group(
+    order: Sequence[int], lengths: Sequence[tuple[bool, int]], batch_size: int, generator: torch.Generator
+) -> list[int]:
+    """The same rows, so ordered that batches are of one modality and of like length, and still come in random order.
+
+    Within a modality, runs of 50 batches are sorted by length, as LLaVA does it; rows that fill no batch come last.
+    """
+    batches, rest = [], []
+    for has_image in (True, False):
+        rows = [row for row in order if lengths[row][0] == has_image]
+        full = len(rows) - len(rows) % batch_size
+        rest += rows[full:]
+        for start in range(0, full, 50 * batch_size):
+            run = sorted(rows[start : min(start + 50 * batch_size, full)], key=lambda row: lengths[row][1])
+            batches += [run[i : i + batch_size] for i in range(0, len(run), batch_size)]
+    shuffled = torch.randperm(len(batches), generator=generator).tolist()
+    return [row for number in shuffled for row in batches[number]] + rest

@@ -45,12 +45,13 @@ class StageLoaders(lightning.LightningDataModule):
         batches = StepBatches(
             len(self.data.train),  # type: ignore[arg-type]
             self.stage.global_batch_size,
-            self.stage.max_steps,
+            self.stage.steps,
             accumulate=self.stage.accumulate,
             seed=self.seed,
             rank=self.trainer.global_rank,
             world_size=self.trainer.world_size,
             start=self.trainer.global_step * self.stage.accumulate,
+            lengths=self.data.lengths,
         )
         return DataLoader(self.data.train, batch_sampler=batches, collate_fn=self.data.collate)
 
@@ -74,6 +75,7 @@ def fit(
     """Train one stage.
 
     Args:
+        stage: `sized`.
         make_trainer: partial of `lightning.Trainer` with devices, strategy and precision bound.
         label: names the stage in progress lines.
         folder: receives `checkpoints/last.ckpt` and `metrics.csv`.
@@ -93,7 +95,9 @@ def fit(
     ]
     if stage.save_every is not None:
         callbacks.append(LastCheckpoint(folder / "checkpoints" / "last.ckpt", stage.save_every))
-    steps = stage.max_steps if max_steps is None else min(max_steps, stage.max_steps)
+    if stage.device_batch_size is not None:
+        stage = stage.on_devices(_world_size(make_trainer))
+    steps = stage.steps if max_steps is None else min(max_steps, stage.steps)
     trainer = make_trainer(
         max_steps=steps,
         max_epochs=-1,
@@ -117,6 +121,12 @@ def fit(
     module.train()  # Hugging Face loads in evaluation mode
     trainer.fit(module, StageLoaders(data, stage, seed), ckpt_path=ckpt_path, weights_only=True)
     return trainer
+
+
+def _world_size(make_trainer: Callable[..., lightning.Trainer]) -> int:
+    """Processes of a trainer, which only it knows where its devices are `auto`."""
+    probe = make_trainer(max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    return probe.num_devices * probe.num_nodes
 
 
 def _keep_rows(logger: CSVLogger, ckpt_path: Path) -> None:

@@ -4,30 +4,52 @@ Tower, projector, dense fine-tune and MoE are configurations of two classes; a s
 (there is no tower to teach, no projector to align) says why and is skipped.
 """
 
+import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ders.data import DataSource, PreparedData
-from ders.data.conversation import Encoder
-from ders.data.loading import Conversations, PixelReader, Questions, collate_conversations, collate_questions
+from ders.data.loading import (
+    Conversations,
+    PixelReader,
+    Questions,
+    collate_conversations,
+    collate_questions,
+    sample_lengths,
+)
 from ders.data.rows import DataError
 from ders.models.bundle import ModelBundle
 from ders.training.modules import LanguageModule, StageModule, TowerModule
 from ders.upcycling import set_trainable
 
+_WHOLE_NUMBERS = (
+    "max_steps",
+    "num_epochs",
+    "global_batch_size",
+    "accumulate",
+    "device_batch_size",
+    "validate_every",
+    "save_every",
+)
+
 
 @dataclass(frozen=True)
 class StageData:
-    """Data sets and collators of one stage."""
+    """Data sets and collators of one stage.
+
+    `lengths`, where batches are grouped by them: of each training row, whether it has an image and how long it is.
+    """
 
     train: Dataset[Any]
     collate: Callable[[list[Any]], Any]
+    lengths: list[tuple[bool, int]] | None = None
     validation: Dataset[Any] | None = None
     collate_validation: Callable[[list[Any]], Any] | None = None
     validation_batch_size: int = 64
@@ -49,9 +71,13 @@ class Stage:
 
     Attributes:
         trainable: a row of `ders.upcycling.TRAINABLE`.
-        max_steps: optimizer steps.
+        max_steps: optimizer steps; None where `num_epochs` says how long.
+        num_epochs: passes over the split instead.
         global_batch_size: rows of one optimizer step, whatever the number of devices.
         accumulate: micro-batches a step is split into.
+        device_batch_size: rows of a micro-batch instead: `accumulate` follows from it and the number of devices.
+        split: of the data, on which this stage trains.
+        skip: why this stage has nothing to do in a recipe; None where it has.
         optimizer: partial of a torch optimizer.
         schedule: partial of `ders.training.schedule`.
         gradient_clip: largest gradient norm; None for no limit.
@@ -59,24 +85,61 @@ class Stage:
     """
 
     trainable: str
-    max_steps: int
     global_batch_size: int
     optimizer: Callable[..., Any]
     schedule: Callable[..., Any]
+    max_steps: int | None = None
+    num_epochs: int | None = None
     accumulate: int = 1
+    device_batch_size: int | None = None
+    split: str = "train"
+    skip: str | None = None
     gradient_clip: float | None = 1.0
     validate_every: int | None = None
     save_every: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "global_batch_size", "accumulate", "validate_every", "save_every"):
+        for name in _WHOLE_NUMBERS:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} of a stage must be a whole number from 1 on: got {value!r}")
+        if (self.max_steps is None) == (self.num_epochs is None):
+            raise ValueError("a stage lasts max_steps optimizer steps or num_epochs epochs: set one of them")
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps, of a stage that is `sized`."""
+        assert self.max_steps is not None
+        return self.max_steps
+
+    def sized(self, prepared: PreparedData) -> Self:
+        """This stage with its length in optimizer steps; the last one of its epochs may reach into another."""
+        if self.num_epochs is None:
+            return self
+        steps = math.ceil(self.num_epochs * len(prepared.split(self.split)) / self.global_batch_size)
+        return dataclasses.replace(self, max_steps=steps, num_epochs=None)
+
+    def on_devices(self, world_size: int) -> Self:
+        """This stage with micro-batches of at most `device_batch_size` rows on each of `world_size` devices.
+
+        Raises:
+            ValueError: the global batch cannot be split so.
+        """
+        if self.device_batch_size is None:
+            return self
+        at_once = self.device_batch_size * world_size
+        if self.global_batch_size % at_once and at_once % self.global_batch_size:
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} cannot be split into micro-batches of "
+                f"{self.device_batch_size} rows on {world_size} devices: choose a device_batch_size that divides "
+                f"{self.global_batch_size / world_size:g}"
+            )
+        accumulate = max(self.global_batch_size // at_once, 1)
+        return dataclasses.replace(self, accumulate=accumulate, device_batch_size=None)
 
     def skipped(self, bundle: ModelBundle, prepared: PreparedData) -> str | None:
         """Why this stage has nothing to do for a model and its data, or None."""
-        raise NotImplementedError
+        return self.skip
 
     def data(self, bundle: ModelBundle, source: DataSource, prepared: PreparedData) -> StageData:
         raise NotImplementedError
@@ -91,7 +154,7 @@ class Stage:
         return {
             "optimizer": self.optimizer,
             "schedule": self.schedule,
-            "num_steps": self.max_steps,
+            "num_steps": self.steps,
             "seed": seed,
             "identity": identity,
         }
@@ -103,24 +166,34 @@ class LanguageStage(Stage):
 
     Attributes:
         router_loss_coef: multiplies the sum of the routers' losses.
+        train_rest: also what the language model has beside its FFNs, as the paper's code recipe does.
+        gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+        group_by_modality_length: batches of rows that all have an image, or all have none, and are of like length.
     """
 
     router_loss_coef: float = 0.01
+    train_rest: bool = False
+    gradient_checkpointing: bool = False
+    group_by_modality_length: bool = False
 
     def skipped(self, bundle: ModelBundle, prepared: PreparedData) -> str | None:
         if self.trainable == "projector" and bundle.image_processor is None:
             return "this model has no projector"
-        return None
+        return super().skipped(bundle, prepared)
 
     def data(self, bundle: ModelBundle, source: DataSource, prepared: PreparedData) -> StageData:
-        encoder = Encoder(bundle.tokenizer, bundle.image_tokens)
+        rows = prepared.split(self.split)
+        encoder, val_encoder = (
+            source.encoder(bundle.tokenizer, bundle.image_tokens, split) for split in (self.split, "val")
+        )
         pixels = PixelReader(prepared.image_root, bundle.pixel_reader)
         pad_id = bundle.tokenizer.pad_token_id
         validates = "val" in prepared.files and self.validate_every is not None
         return StageData(
-            train=Conversations(prepared.split("train"), encoder, pixels),
+            train=Conversations(rows, encoder, pixels),
+            lengths=sample_lengths(rows) if self.group_by_modality_length else None,
             collate=functools.partial(collate_conversations, pad_id=pad_id),
-            validation=Questions(prepared.split("val"), encoder, pixels) if validates else None,
+            validation=Questions(prepared.split("val"), val_encoder, pixels) if validates else None,
             collate_validation=functools.partial(collate_questions, pad_id=pad_id),
             validation_batch_size=source.eval_batch_size,
         )
@@ -128,7 +201,9 @@ class LanguageStage(Stage):
     def module(
         self, bundle: ModelBundle, source: DataSource, prepared: PreparedData, seed: int, identity: dict[str, Any]
     ) -> LanguageModule:
-        set_trainable(bundle.model, self.trainable)
+        set_trainable(bundle.model, self.trainable, rest=self.train_rest)
+        if self.gradient_checkpointing:
+            bundle.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         return LanguageModule(
             bundle,
             router_loss_coef=self.router_loss_coef,
@@ -146,7 +221,7 @@ class TowerStage(Stage):
             return "this model has no vision tower"
         if prepared.labels is None:
             return "this data offers no image labels"
-        return None
+        return super().skipped(bundle, prepared)
 
     def data(self, bundle: ModelBundle, source: DataSource, prepared: PreparedData) -> StageData:
         train, val = (LabelledImages(prepared, split, bundle) for split in ("train", "val"))

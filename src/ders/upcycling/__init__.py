@@ -2,6 +2,7 @@
 
 from ders.upcycling.certificate import Certificate, certify
 from ders.upcycling.families import FAMILIES, Family, find_decoder, require_family
+from ders.upcycling.routers import save_routers
 from ders.upcycling.surgery import (
     Upcycling,
     UpcyclingSummary,
@@ -27,6 +28,7 @@ __all__ = [
     "describe_delta",
     "find_decoder",
     "require_family",
+    "save_routers",
     "set_trainable",
     "upcycle",
 ]

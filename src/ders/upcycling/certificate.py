@@ -76,7 +76,8 @@ def certify(dense: nn.Module, upcycled: nn.Module, tolerance: float = TOLERANCE,
 
 
 def _scales(layer: MoELayer) -> bool:
-    return layer.universal is not None or not layer.router.preserves_function
+    complements = layer.has_universal and layer.universal_weight == "complement"
+    return not complements and (layer.has_universal or not layer.router.preserves_function)
 
 
 def _compare_with(layer: MoELayer, name: str, differences: dict[str, float]) -> Any:
@@ -84,7 +85,9 @@ def _compare_with(layer: MoELayer, name: str, differences: dict[str, float]) -> 
         actual = layer(args[0])
         if _scales(layer):
             assert layer.last_routing is not None
-            gates_T = layer.last_routing.top_k_weights_TK.sum(-1) + (layer.universal is not None)
+            gates_T = layer.last_routing.top_k_weights_TK.sum(-1)
+            if layer.has_universal:
+                gates_T = gates_T + layer.universal_gates(layer.last_routing)
             output = output * gates_T.view(*output.shape[:-1], 1)
         differences[name] = float((actual - output).abs().max())
         return output

@@ -4,15 +4,17 @@ import copy
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ders.deltas import Delta
 from ders.kernels import stable_hash
-from ders.moe import MoELayer, Router, SharedBaseMoE, TopKRouter, VanillaMoE, moe_layers
+from ders.moe import UNIVERSAL_WEIGHTS, MoELayer, Router, SharedBaseMoE, TopKRouter, VanillaMoE, moe_layers
 from ders.upcycling.families import Family, find_decoder
+from ders.upcycling.routers import load_router, read_routers
 
 FORMAT_VERSION = 1
 # Entries of a section that say how the file is written or where it came from, not what to build.
@@ -30,6 +32,7 @@ class Upcycling:
         delta: class name and dials of the delta; None for vanilla experts.
         router: class name and dials of the router.
         universal: a dense FFN serves every token beside the experts.
+        universal_weight: what multiplies its output, `one` or `complement` (one minus the token's gate weights).
         extended: that FFN is one more expert over the same base, instead of a copy of its own.
         seed: root of everything random.
     """
@@ -40,6 +43,7 @@ class Upcycling:
     delta: dict[str, Any] | None = None
     router: dict[str, Any] = field(default_factory=lambda: {"name": "TopKRouter"})
     universal: bool = False
+    universal_weight: str = "one"
     extended: bool = False
     seed: int = 0
 
@@ -48,6 +52,10 @@ class Upcycling:
             raise ValueError(f"num_experts must be at least 1: got {self.num_experts}")
         if not 1 <= self.top_k <= self.num_experts:
             raise ValueError(f"top_k must be between 1 and num_experts={self.num_experts}: got {self.top_k}")
+        if self.universal_weight not in UNIVERSAL_WEIGHTS:
+            raise ValueError(
+                f"universal_weight must be {' or '.join(UNIVERSAL_WEIGHTS)}: got {self.universal_weight!r}"
+            )
         if self.extended and (not self.universal or self.delta is None):
             raise ValueError(
                 "extended=true makes the universal FFN one more expert over the shared base: it needs a universal FFN "
@@ -155,7 +163,9 @@ def upcycle(
     router: Callable[..., Router] = TopKRouter,
     layers: str | Sequence[int] = "every_other",
     universal: bool = False,
+    universal_weight: str = "one",
     extended: bool = False,
+    router_weights: str | Path | None = None,
     seed: int = 0,
 ) -> UpcyclingSummary:
     """Turn chosen FFNs of a dense model into MoE layers, in place.
@@ -172,14 +182,17 @@ def upcycle(
         router: a `Router` subclass, its options bound likewise.
         layers: see `choose_layers`.
         universal: keep a copy of the FFN that serves every token beside the experts.
+        universal_weight: what multiplies that FFN's output: `one`, or `complement`, one minus the token's gate weights.
         extended: let that FFN be one more delta over the shared base.
+        router_weights: a file of `save_routers`: routers that were trained beforehand.
         seed: root of everything random.
 
     Returns:
         A summary; its `str()` is one line.
 
     Raises:
-        ValueError: an unknown family, a dial out of range, a layer list out of range, or a model upcycled before.
+        ValueError: an unknown family, a dial out of range, a layer list out of range, a model upcycled before, or
+            router weights that do not fit.
         TypeError: an FFN of a form the family does not have.
     """
     _, decoder, family = find_decoder(model)
@@ -191,20 +204,31 @@ def upcycle(
         delta=None if delta is None else describe_delta(delta),
         router=_describe(router, Router),
         universal=universal,
+        universal_weight=universal_weight,
         extended=extended,
         seed=seed,
     )
-    return apply(model, upcycling)
+    # Read before anything is replaced: a file that does not fit leaves the model as it was.
+    trained = None if router_weights is None else read_routers(router_weights, upcycling.layers)
+    return apply(model, upcycling, trained)
 
 
-def apply(model: nn.Module, upcycling: Upcycling) -> UpcyclingSummary:
-    """Do to a dense model what an `Upcycling` says; on the meta device only shapes are built."""
+def apply(
+    model: nn.Module, upcycling: Upcycling, router_weights: dict[int, dict[str, Tensor]] | None = None
+) -> UpcyclingSummary:
+    """Do to a dense model what an `Upcycling` says; on the meta device only shapes are built.
+
+    Args:
+        router_weights: each layer's router as trained beforehand, by layer index.
+    """
     if moe_layers(model):
         raise ValueError("this model has MoE layers already: upcycle the dense model it came from")
     _, decoder, family = find_decoder(model)
     blocks = getattr(decoder, family.layers)
     # All new layers are built before the first is put in: an error leaves the model as it was.
     replaced = {index: _build_layer(blocks[index], family, upcycling, index) for index in upcycling.layers}
+    for index, weights in (router_weights or {}).items():
+        load_router(replaced[index].router, weights, index)
     for index, layer in replaced.items():
         setattr(blocks[index], family.mlp, layer)
     config: Any = getattr(model, "config", None)
@@ -236,7 +260,13 @@ def _build_layer(block: nn.Module, family: Family, upcycling: Upcycling, index: 
             router = router.double()
         layer: MoELayer
         if upcycling.delta is None:
-            layer = VanillaMoE(dense, family.ffn, router, universal=upcycling.universal)
+            layer = VanillaMoE(
+                dense,
+                family.ffn,
+                router,
+                universal=upcycling.universal,
+                universal_weight=upcycling.universal_weight,
+            )
         else:
             layer = SharedBaseMoE(
                 dense,
@@ -244,6 +274,7 @@ def _build_layer(block: nn.Module, family: Family, upcycling: Upcycling, index: 
                 router,
                 delta_maker(upcycling, index, weight.dtype),
                 universal=upcycling.universal,
+                universal_weight=upcycling.universal_weight,
                 extended=upcycling.extended,
             )
     return layer.train(dense.training)

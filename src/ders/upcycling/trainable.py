@@ -6,9 +6,9 @@ from ders.moe import SharedBaseMoE, moe_layers
 from ders.upcycling.families import find_decoder
 
 # Every parameter has one role: the vision tower, the projector, the shared base of an MoE layer, what makes experts
-# differ (deltas, expert biases, or whole experts of a vanilla layer), the router, any other FFN, or the rest of the
-# language model.
-ROLES = ("tower", "projector", "base", "experts", "router", "ffn", "rest")
+# differ (deltas, expert biases, or whole experts of a vanilla layer), the router (or a frozen one), any other FFN, or
+# the rest of the language model.
+ROLES = ("tower", "projector", "base", "experts", "router", "frozen", "ffn", "rest")
 
 TRAINABLE: dict[str, set[str]] = {
     "tower": {"tower"},
@@ -19,7 +19,7 @@ TRAINABLE: dict[str, set[str]] = {
     "frozen_shared": {"projector", "experts", "router", "ffn"},
     "adapter": {"experts", "router"},
     # The tower is frozen in every recipe of the paper, and its last layer may not be read at all.
-    "all": set(ROLES) - {"tower"},
+    "all": set(ROLES) - {"tower", "frozen"},
 }
 
 
@@ -38,13 +38,17 @@ def roles(model: nn.Module) -> dict[str, str]:
         shared = {id(p) for p in layer.shared_parameters()}
         for name, parameter in layer.named_parameters():
             head = name.split(".")[0]
-            role = "base" if id(parameter) in shared else {"experts": "experts", "router": "router"}.get(head, "ffn")
+            router = "frozen" if layer.router.frozen else "router"
+            role = "base" if id(parameter) in shared else {"experts": "experts", "router": router}.get(head, "ffn")
             of[f"{layer_name}.{name}" if layer_name else name] = role
     return of
 
 
-def set_trainable(model: nn.Module, trainable: str) -> int:
+def set_trainable(model: nn.Module, trainable: str, *, rest: bool = False) -> int:
     """Make exactly the parameters of one row of `TRAINABLE` trainable; returns how many parameters that is.
+
+    Args:
+        rest: also what a language model has beside its FFNs, as the paper's code recipe does.
 
     Raises:
         ValueError: an unknown name, a choice that needs what the model lacks, or nothing left to train.
@@ -57,7 +61,7 @@ def set_trainable(model: nn.Module, trainable: str) -> int:
             f"trainable={trainable} needs experts over a shared base, and this model has none: "
             "use a method with deltas, or trainable=paper"
         )
-    wanted = TRAINABLE[trainable]
+    wanted = TRAINABLE[trainable] | ({"rest"} if rest else set())
     of = roles(model)
     total = 0
     for name, parameter in model.named_parameters():

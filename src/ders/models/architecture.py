@@ -1,0 +1,278 @@
+"""The paper's architectures: their shapes at every scale, and their real parts where these are loaded."""
+
+import logging
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedConfig,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+from ders.models import qwen1
+from ders.models.bundle import IMAGE_TOKEN, ModelBundle
+from ders.models.tiny import TinyLlava, TinyLM
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# Entries that decide the shapes of weights; the others may differ between a model and its descendants.
+_SHAPES = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "use_qkv_bias",
+    "tie_word_embeddings",
+    "image_size",
+    "patch_size",
+)
+
+
+@dataclass(kw_only=True)
+class _Pretrained:
+    """What the architectures add to the small models: parts from a folder or the Hub.
+
+    Attributes:
+        name: the architecture's name, as in `model=…`.
+        llm: Hub id or folder of the language model.
+        tokenizer: Hub id or folder of the tokenizer; None: `llm`.
+        pretrained: False: random weights and a vocabulary of the data's words, as a tiny model has.
+    """
+
+    name: str
+    llm: str
+    tokenizer: str | None = None
+    pretrained: bool = False
+
+    sizes: ClassVar[tuple[str, ...]] = ("tiny", "paper")
+
+    def build(self, texts: Iterable[str]) -> ModelBundle:
+        """The model and what it reads through; float32.
+
+        Raises:
+            ValueError: `pretrained`, and a part cannot be read, or has other shapes than this architecture.
+        """
+        if not self.pretrained:
+            return super().build(texts)  # type: ignore[misc]
+        self.verify()
+        return self._load()
+
+    def verify(self) -> None:
+        """Compare the configurations of the parts, if `pretrained`, with this architecture's shapes; no weight is read.
+
+        Raises:
+            ValueError: a part cannot be read, or differs in a shape; every such shape is named.
+        """
+        if self.pretrained:
+            _, config = _language_config(self.llm)
+            self._compare(f"model.llm={self.llm}", config, self.text)
+
+    def _compare(self, what: str, found: Any, shapes: dict[str, Any]) -> None:
+        wrong = [
+            f"{key} is {getattr(found, key, None)}, model={self.name} has {shapes[key]}"
+            for key in _SHAPES
+            if shapes.get(key) is not None and getattr(found, key, None) != shapes[key]
+        ]
+        if wrong:
+            raise ValueError(f"{what}: {'; '.join(wrong)}. Name another folder, or set these shapes")
+
+    def _load(self) -> ModelBundle:
+        raise NotImplementedError
+
+    def _load_language(self) -> Any:
+        raw, _ = _language_config(self.llm)
+        if raw["model_type"] != qwen1.MODEL_TYPE:
+            return _weights(AutoModelForCausalLM, "model.llm", self.llm)
+        folder = Path(self.llm)
+        if not folder.is_dir():
+            folder = _read("model.llm", self.llm, lambda: Path(snapshot_download(self.llm, allow_patterns=_FILES)))
+        return qwen1.load_qwen1(folder, raw, torch.float32)
+
+    def _load_tokenizer(self) -> Any:
+        source, vocab_size = self.tokenizer or self.llm, _language_config(self.llm)[1].vocab_size
+        tokenizer = _read(
+            "model.tokenizer", source, lambda: AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        )
+        if len(tokenizer) > vocab_size:
+            raise ValueError(
+                f"model.tokenizer={source}: has {len(tokenizer)} tokens, and model.llm={self.llm} has {vocab_size}: "
+                "name the tokenizer of this model"
+            )
+        if tokenizer.pad_token is None:
+            if tokenizer.eos_token is None:
+                raise ValueError(f"model.tokenizer={source}: has neither a pad nor an end-of-sequence token")
+            tokenizer.pad_token = tokenizer.eos_token  # padding is masked: any token serves
+        return tokenizer
+
+
+@dataclass(kw_only=True)
+class LanguageArchitecture(_Pretrained, TinyLM):
+    """A language model alone (the paper's Coder)."""
+
+    def _load(self) -> ModelBundle:
+        tokenizer = self._load_tokenizer()  # the small parts first: what is missing shows early
+        return ModelBundle(self._load_language(), tokenizer)
+
+
+@dataclass(kw_only=True)
+class LlavaArchitecture(_Pretrained, TinyLlava):
+    """A LLaVA of a CLIP tower, a fresh projector (mlp2x_gelu) and a language model.
+
+    Attributes:
+        vision_tower: Hub id or folder of the tower.
+        pad_images: images become square by a border of the mean colour (LLaVA's `image_aspect_ratio=pad`); False:
+            they are cropped.
+    """
+
+    vision_tower: str
+    pad_images: bool = True
+
+    def verify(self) -> None:
+        super().verify()
+        if self.pretrained:
+            source = self.vision_tower
+            config = _read("model.vision_tower", source, lambda: CLIPVisionConfig.from_pretrained(source))
+            self._compare(f"model.vision_tower={source}", config, self.vision)
+
+    def _load(self) -> ModelBundle:
+        tokenizer, images = self._load_tokenizer(), self._image_processor()
+        tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
+        image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        language = self._load_language()
+        tower = _weights(CLIPVisionModel, "model.vision_tower", self.vision_tower)
+        vocab_size = language.config.vocab_size
+        model = assemble_llava(language, tower, image_token=image_token, feature_layer=self.feature_layer)
+        if image_token >= vocab_size:
+            log.info("%s has no spare row for %s: %d rows -> %d", self.llm, IMAGE_TOKEN, vocab_size, len(tokenizer))
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        return ModelBundle(model, self._processor(tokenizer, images))
+
+    def _image_processor(self) -> Any:
+        kind = LlavaImageProcessorPil if self.pad_images else CLIPImageProcessorPil
+        options = {"do_pad": True} if self.pad_images else {}
+        if self.pretrained:
+            source = self.vision_tower
+            return _read("model.vision_tower", source, lambda: kind.from_pretrained(source, **options))
+        return kind.from_dict(super()._image_processor().to_dict() | options)
+
+
+def assemble_llava(
+    language: Any, tower: nn.Module, *, image_token: int, feature_layer: int
+) -> LlavaForConditionalGeneration:
+    """The two models, not copies of them, in one LLaVA, joined by a fresh two-layer projector (torch's generator).
+
+    Args:
+        image_token: id of the token that stands for a visual token.
+        feature_layer: which hidden layer of the tower the projector reads.
+
+    Raises:
+        ValueError: the language model's head has a bias that cannot be folded (`fold_head_bias`).
+    """
+    fold_head_bias(language)
+    config = LlavaConfig(
+        text_config=language.config,
+        vision_config=tower.config,
+        image_token_index=image_token,
+        vision_feature_layer=feature_layer,
+        vision_feature_select_strategy="default",
+    )
+    with torch.device("meta"):  # only the frame is needed
+        model = LlavaForConditionalGeneration(config)
+    model.model.language_model = language.get_decoder()
+    model.model.vision_tower = tower
+    # Drawn as nn.Linear draws, which is how LLaVA's own projector starts.
+    model.model.multi_modal_projector = LlavaMultiModalProjector(config)
+    model.lm_head = language.get_output_embeddings()
+    model.generation_config = language.generation_config
+    return model.eval()
+
+
+@torch.no_grad()
+def fold_head_bias(language: Any) -> None:
+    """Move the bias of a language model's head into its weight, in place: the logits stay, up to rounding.
+
+    Phi's head W has a bias b, the head of a LLaVA has none. The head reads g ∘ n + c, with n a normalised vector and
+    g, c the final LayerNorm's. As the entries of n sum to zero, v = 1/g is orthogonal to every g ∘ n: W + u vᵀ acts
+    on those as W does, and the constant part is free to give b. c moves by ±g beforehand, lest v · c be near zero.
+
+    Raises:
+        ValueError: the head has a bias, and no LayerNorm with a scale before it, or is tied to the embeddings.
+    """
+    head, norm = language.get_output_embeddings(), getattr(language.get_decoder(), "final_layernorm", None)
+    if head.bias is None:
+        return
+    if not isinstance(norm, nn.LayerNorm) or (norm.weight == 0).any():
+        raise ValueError(f"the head of {type(language).__name__} has a bias, for which a LLaVA has no place")
+    if head.weight is language.get_input_embeddings().weight:
+        raise ValueError(f"the head of {type(language).__name__} has a bias and is tied to the embeddings")
+    v = 1 / norm.weight
+    moved = math.copysign(1.0, float(v @ norm.bias))
+    u = head.bias - moved * (head.weight @ norm.weight)
+    norm.bias += moved * norm.weight
+    head.weight.addr_(u / (v @ norm.bias), v)
+    head.bias = None
+
+
+_FILES = ["*.json", "*.safetensors"]
+
+
+def _language_config(source: str) -> tuple[dict[str, Any], Any]:
+    """`config.json` of a language model as it is, and as transformers reads it."""
+
+    def read() -> tuple[dict[str, Any], Any]:
+        raw, _ = PreTrainedConfig.get_config_dict(source)
+        if raw.get("model_type") == qwen1.MODEL_TYPE:
+            return raw, qwen1.qwen2_config(raw)
+        return raw, AutoConfig.from_pretrained(source, trust_remote_code=False)
+
+    return _read("model.llm", source, read)
+
+
+def _read(key: str, source: str, reader: Callable[[], T]) -> T:
+    """What the reader returns.
+
+    Raises:
+        ValueError: it fails for want of a file.
+    """
+    try:
+        return reader()
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{key}={source}: no such folder, or the Hugging Face Hub is out of reach ({reason}). Download the model "
+            f"and say {key}=DIR"
+        ) from error
+
+
+def _weights(kind: Any, key: str, source: str) -> Any:
+    # A pickle, the only form of some older models, is read as tensors alone: `weights_only`.
+    model, report = _read(
+        key,
+        source,
+        lambda: kind.from_pretrained(
+            source, dtype=torch.float32, trust_remote_code=False, weights_only=True, output_loading_info=True
+        ),
+    )
+    if report["missing_keys"]:
+        raise ValueError(f"{key}={source}: lacks the weights of {sorted(report['missing_keys'])[:3]}")
+    return model
