@@ -23,13 +23,18 @@ BLOCKS = {language: re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) f
 COMMANDS = [line.split("#")[0].strip() for block in BLOCKS["bash"] for line in block.splitlines() if line.strip()]
 TRAIN = [c for c in COMMANDS if c.startswith("python train.py") and "trainer=ddp" not in c]
 TABLES = [c for c in COMMANDS if c.startswith("python scripts/tables.py")]
+PLANS = [c for c in COMMANDS if c.startswith("python scripts/plan.py")]
+CHECKS = [c for c in COMMANDS if c.startswith("python scripts/data.py")]
+# The paper's data sets hold two sizes.
+PAPER_DATA = ("data=llava_mix", "data=medical_vqa", "data=evol_code")
+SMALL_SETS = [f"data.tiny.num_{split}=32" for split in ("train", "val", "test")]
 FOLDERS = [c for c in COMMANDS if re.match(r"python scripts/(analyze|compress|eval|export)\.py ", c)]
 
 
 def test_no_command_is_left_out() -> None:
     ddp = ["python train.py trainer=ddp trainer.devices=2"]  # its processes: tests/cli/test_train.py
     slow = ["python scripts/benchmark.py suite=compress"]  # in small: tests/evaluation/test_compress_suite.py
-    known = [*TRAIN, *TABLES, *FOLDERS, *ddp, *slow, "make train", "make test"]
+    known = [*TRAIN, *TABLES, *FOLDERS, *PLANS, *CHECKS, *ddp, *slow, "make train", "make test"]
     assert sorted(COMMANDS) == sorted(known)
     assert len(TRAIN) > 8
 
@@ -47,8 +52,13 @@ def test_train_commands(command: str, outputs: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("WANDB_SILENT", "true")
     arguments = shlex.split(command)[2:]
     flags, dials = ([a for a in arguments if a.startswith("-") is flag] for flag in (True, False))
-    one_seed = ["seed=0"] if "experiments=" in command else []
-    smoke = [*SMALL, *SMALL_DATA, f"output_dir={outputs}", *one_seed]
+    claim = next((d.split("=")[1] for d in dials if d.startswith("experiments=")), "")
+    if claim == "table_3":  # its other rows: tests/training/test_recipes.py
+        dials = [*dials, "data=evol_code"]
+        flags = [*flags, 'hydra.sweeper.runs=["method=vanilla","method=vanilla compression=base_only"]']
+    one_seed = ["seed=0"] if claim else []
+    of_the_paper = claim == "table_3" or any(d in dials for d in PAPER_DATA)
+    smoke = [*SMALL, *(SMALL_SETS if of_the_paper else SMALL_DATA), f"output_dir={outputs}", *one_seed]
     monkeypatch.setattr(sys, "argv", ["train.py", *flags, *smoke, *dials])
     main()
     paths = [Path(line) for line in capsys.readouterr().out.splitlines()]
@@ -79,6 +89,24 @@ def test_commands_on_folders(
     assert "QuantizedDelta bits 2" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", PLANS)
+def test_plan_commands(command: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    from ders.cli.plan import main
+
+    monkeypatch.setattr(sys, "argv", shlex.split(command)[1:])
+    main()
+    assert "ZeRO 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", CHECKS)
+def test_check_commands(command: str, outputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    from ders.cli.data import main
+
+    monkeypatch.setattr(sys, "argv", [*shlex.split(command)[1:], *SMALL_SETS, f"output_dir={outputs}"])
+    main()
+    assert "every row can be used" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("command", TABLES)
 def test_tables_commands(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ders.cli.tables import main
@@ -90,13 +118,14 @@ def test_tables_commands(command: str, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(sys, "argv", [*shlex.split(command)[1:], f"results={results}", f"output_dir={tmp_path}"])
     main()
     built = {table.parent.name: table.read_text() for table in results.rglob("table.md")}
-    assert "methods" in built
+    claim = re.search(r"claim=(\w+)", command)
+    assert (claim[1] if claim else "methods") in built
     assert built == {name: (ROOT / "results" / name / "table.md").read_text() for name in built}
 
 
 def test_the_tables_are_those_of_results() -> None:
     shown = re.findall(r"<!-- table:(\w+) -->\n(.*?)<!-- /table -->", README, re.DOTALL)
-    assert [name for name, _ in shown] == ["methods", "benchmark_compress"]
+    assert [name for name, _ in shown] == ["methods", "table_1", "benchmark_compress"]
     for name, table in shown:
         assert table == (ROOT / "results" / name / "table.md").read_text()
 

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from ders.cli.app import UserError, prepare_hydra, to_plain
 from ders.cli.build import check, instantiate, trainer_factory
 from ders.cli.dials import dials_by_owner
+from ders.cli.jobs import job_config
 from ders.cli.sweeper import expand
 from ders.reporting.identity import differences, identity, run_folder
 
@@ -41,7 +42,7 @@ def test_no_yaml_is_forgotten() -> None:
     groups = {file.parent.relative_to(CONF).as_posix() for file in CONF.rglob("*.yaml")}
     assert groups == {
         ".", "method", "compression", "model", "data", "stage", "trainer", "logger", "optimizer", "schedule",
-        "upcycling", "hydra/sweeper",
+        "upcycling", "recipe", "hydra/sweeper",
     }  # fmt: skip
 
 
@@ -59,7 +60,9 @@ def test_methods(method: str) -> None:
         ["data=easy_vqa"],
         ["data=llava_files", "data.train=x.json", "data.image_size=32", "data.patch_size=16"],
         ["logger=wandb"],
-        ["upcycling=moe_llava"],
+        *([f"upcycling={name}"] for name in ("moe_llava", "moe_llava_original", "med_moe", "coder_moe")),
+        ["upcycling=med_moe", "extended=true"],
+        ["upcycling=med_moe", "method=vanilla", "compression=svd", "extended=true"],
         ["schedule@stage.moe.schedule=linear"],
         ["optimizer@stage.moe.optimizer=adamw", "stage.moe.optimizer.lr=1e-3"],
         *([f"model.text.model_type={family}"] for family in ("qwen2", "stablelm", "phi", "phi3")),
@@ -98,27 +101,37 @@ def test_claims(claim: str) -> None:
     text = (ROOT / "experiments" / f"{claim}.yaml").read_text()
     assert f"# python train.py experiments={claim}\n" in text
     sweeper = yaml.safe_load(text)["hydra"]["sweeper"]
-    jobs = expand(sweeper["runs"])
+    seeds = {len(expand(sweeper["runs"], [f"seed={seed}"], sweeper.get("common", ""))) for seed in (0, 1)}
+    jobs = expand(sweeper["runs"], ["seed=0"], sweeper.get("common", ""))
+    assert seeds == {len(jobs)}
     folders = set()
     for job in jobs:
-        config = composed(*job)
+        config = job_config(job)
         instantiate(config.stage.moe)
         folders.add(run_folder(to_plain(config), ROOT))
-    assert len(folders) == len(jobs) > 1
+    assert len(folders) == len(jobs)
     assert to_plain(composed(f"experiments={claim}")) == to_plain(composed())  # a claim changes no run
 
 
 @pytest.mark.parametrize(
-    "file", [f for g in ("method", "model", "data", "trainer", "logger") for f in sorted((CONF / g).iterdir())]
+    "file",
+    [
+        f
+        for g in ("method", "model", "data", "trainer", "logger", "recipe", "upcycling")
+        for f in sorted((CONF / g).iterdir())
+    ],
 )
 def test_the_command_of_a_file_works(file: Path) -> None:
-    if file.stem == "csv":
+    if file.stem in ("csv", "none"):
         return
-    command = re.search(r"^# python train.py (.*?)(?:  |$)", file.read_text(), re.MULTILINE)
+    command = re.search(r"^# python (?:train|scripts/plan).py (.*?)(?:  |$)", file.read_text(), re.MULTILINE)
     assert command, file
     arguments = command[1].split()
     assert f"{file.parent.name}={file.stem}" in arguments
-    if file.stem != "gpu":
+    if "scripts/plan.py" in command[0]:
+        with pytest.raises(UserError, match="has one size, paper"):
+            check(composed(*arguments))
+    elif file.stem != "gpu":
         check(composed(*arguments))
 
 
@@ -133,22 +146,31 @@ def test_compressions(compression: str) -> None:
     check(composed("method=vanilla", f"compression={compression}", "upcycling.universal=true", "extended=true"))
 
 
-@pytest.mark.parametrize("name", ["analyze", "benchmark", "compress", "eval", "export", "tables"])
+@pytest.mark.parametrize("name", ["analyze", "benchmark", "compress", "data", "eval", "export", "plan", "tables"])
 def test_a_script_has_its_own_configuration(name: str) -> None:
     text = (CONF / f"{name}.yaml").read_text()
     assert re.match(rf"# python scripts/{name}\.py", text)
     assert (ROOT / "scripts" / f"{name}.py").exists()
     needed = [f"{dial}=x" for dial in re.findall(r"^(\w+): \?\?\?", text, re.MULTILINE)]
-    extra = ["compression=svd"] if name == "compress" else []
+    extra = {
+        "compress": ["compression=svd"],
+        "data": ["data=digits_vqa"],
+        "plan": ["model=moe_llava_phi"],
+    }.get(name, [])
     assert OmegaConf.to_container(composed(*needed, *extra, name=name), resolve=True)
 
 
 def test_a_method_owns_its_dials() -> None:
     assert dials_by_owner(CONF) == {
         "method=dense": [],
-        "method=vanilla": ["num_experts", "top_k"],
-        "method=ders_sm": ["num_experts", "sparsity", "top_k"],
-        "method=ders_lm": ["num_experts", "rank", "top_k"],
+        "method=vanilla": [],
+        "method=ders_sm": ["sparsity"],
+        "method=ders_lm": ["rank"],
+        "upcycling=none": [],
+        "upcycling=moe_llava": ["num_experts", "top_k"],
+        "upcycling=moe_llava_original": ["num_experts", "top_k"],
+        "upcycling=med_moe": ["extended", "num_experts", "top_k"],
+        "upcycling=coder_moe": ["extended", "num_experts", "top_k"],
         "compression=base_only": ["base", "extended"],
         "compression=quantize": [
             "base",
@@ -217,6 +239,18 @@ def test_a_method_owns_its_dials() -> None:
         (["method=vanilla", "compression=svd", "extended=true"], "extended=true needs a universal FFN"),
         (["method=vanilla", "compression=svd", "base=/nowhere"], "/nowhere: no such folder"),
         (["method=vanilla", "compression=svd", "ckpt_path=last"], "continue the vanilla run first"),
+        (["method=dense", "upcycling=med_moe"], "method=dense has no experts: drop upcycling"),
+        (["method=vanilla", "upcycling=med_moe", "extended=true"], "extended=true makes the universal FFN one more"),
+        (["upcycling=med_moe", "upcycling.universal_weight=half"], "universal_weight must be one or complement"),
+        (["upcycling=med_moe", "upcycling.router_weights=/nowhere"], "not a readable safetensors file"),
+        (["model=llama_3_70b"], "has one size, paper"),
+        (["model=coder_moe"], "reads only text, and the data has images of 16 px"),
+        (["stage.moe.max_steps=null"], "max_steps optimizer steps or num_epochs epochs: set one of them"),
+        (
+            ["recipe=general", "stage.moe.device_batch_size=5"],
+            "cannot be split into micro-batches of 5 rows on 1 devices",
+        ),
+        (["model=moe_llava_phi", "model.pretrained=true", "model.llm=/nowhere"], "model.llm=/nowhere: no such folder"),
     ],
 )
 def test_bad_dials_fail_before_anything_is_built(overrides: list[str], message: str) -> None:
@@ -283,9 +317,10 @@ def test_nothing_in_the_sources_loads_pickles_or_remote_code() -> None:
 
 def test_the_tiny_models_keep_an_entry_at_the_papers_sparsity() -> None:
     for model in choices("model"):
-        text = OmegaConf.load(CONF / "model" / f"{model}.yaml").text
-        assert text.hidden_size >= 128
-        assert text.intermediate_size >= 512
+        config = composed(f"model={model}").model
+        if "tiny" in config.get("sizes", ["tiny"]):
+            assert config.text.hidden_size >= 128
+            assert config.text.intermediate_size >= 512
 
 
 def test_axes_do_not_name_one_another() -> None:

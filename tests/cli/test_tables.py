@@ -10,7 +10,7 @@ from reporting.paper_records import record
 
 from ders.cli import papers
 from ders.cli.app import prepare_hydra
-from ders.cli.tables import _run_folders, main, read_claim, update_readme
+from ders.cli.tables import main, read_claim, run_folders, update_readme
 from ders.compression.findings import Analysis, BaseChoice, LayerFindings, MatrixFindings
 from ders.reporting import read_record
 from ders.reporting.verdicts import load_claims
@@ -27,7 +27,7 @@ def results(tmp_path: Path, run_job: Callable[..., Path]) -> Path:
     folder = tmp_path / "results" / "methods"
     folder.mkdir(parents=True)
     prepare_hydra()
-    runs = _run_folders(read_claim("methods"), "outputs")
+    runs = run_folders(read_claim("methods"), "outputs")
     for method in ("dense", "ders_sm"):
         record = json.loads((run_job(f"method={method}") / "record.json").read_text())
         name = runs[f"method={method} seed=0"].name
@@ -51,7 +51,7 @@ def published(tmp_path: Path) -> Path:
     prepare_hydra()
     folder = tmp_path / "results" / "table_3"
     folder.mkdir(parents=True)
-    for overrides, run in _run_folders(read_claim("table_3"), "outputs").items():
+    for overrides, run in run_folders(read_claim("table_3"), "outputs").items():
         dials = dict(override.split("=", 1) for override in overrides.split())
         method = dials.get("compression", dials["method"])
         given = {key: yaml.safe_load(dials[key]) for key in ("sparsity", "rank", "trainable") if key in dials}
@@ -110,7 +110,7 @@ def test_only_clean_and_finished_records_are_collected(
     source = run_job("method=dense")
     record = json.loads((source / "record.json").read_text())
     prepare_hydra()
-    runs = _run_folders(read_claim("methods"), str(tmp_path / "runs"))
+    runs = run_folders(read_claim("methods"), str(tmp_path / "runs"))
     states = [{"dirty": False}, {"dirty": True}, {"dirty": False, "status": "interrupted"}]
     for seed, state in enumerate(states):
         folder = runs[f"method=vanilla seed={seed}"]
@@ -140,3 +140,25 @@ def test_the_readme_shows_the_tables_of_results(tmp_path: Path) -> None:
     assert readme.read_text() == (
         "a\n<!-- table:methods -->\nnew\n<!-- /table -->\nb\n<!-- table:none -->\nkept\n<!-- /table -->\n"
     )
+
+
+def test_runs_at_full_size_have_their_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare_hydra()
+    claim = read_claim("table_3")
+    tiny, paper = (run_folders(claim, "outputs", scale) for scale in ("tiny", "paper"))
+    assert tiny.keys() == paper.keys()
+    assert not set(tiny.values()) & set(paper.values())
+    run = next(
+        run
+        for overrides, run in paper.items()
+        if {"method=vanilla", "seed=0"} <= set(overrides.split()) and "compression" not in overrides
+    )
+    folder = tmp_path / "results" / "paper" / "table_3"
+    folder.mkdir(parents=True)
+    (folder / f"{run.name}.json").write_text(json.dumps(record("coder_moe", "vanilla", 0, 0.6) | {"scale": "paper"}))
+    tables(monkeypatch, "claim=table_3", "scale=paper", "collect=false", f"results={tmp_path / 'results'}")
+    assert "ours at scale paper" in (folder / "table.md").read_text()
+    assert (tmp_path / "results" / "paper" / "claims.md").exists()
+    assert not (tmp_path / "results" / "table_3").exists()
+    with pytest.raises(SystemExit, match="scale must be tiny or paper: got 'huge'"):
+        tables(monkeypatch, "scale=huge")

@@ -15,9 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, CLIPConfig, CLIPModel
 
 from ders.cli.app import composed, prepare_hydra
 from ders.cli.instantiation import instantiate
-from ders.models.architecture import LanguageArchitecture, LlavaArchitecture, fold_head_bias
+from ders.models.architecture import LanguageArchitecture, LlavaArchitecture
 from ders.models.bundle import IMAGE_TOKEN, load_bundle, save_bundle
 from ders.models.generation import generate_answers
+from ders.models.llava import fold_head_bias
 from ders.models.tiny import TinyLM
 from ders.upcycling import find_decoder
 

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig
 
-from ders.cli.app import ROOT, UserError, launch, to_plain
+from ders.cli.app import ROOT, SCALES, UserError, launch, to_plain
 from ders.cli.jobs import job_config
 from ders.cli.papers import keep_similarity, on_tables, paper_table, verdicts_of, write_verdicts
 from ders.cli.sweeper import expand
@@ -28,7 +28,9 @@ def main() -> None:
 
 
 def build_tables(config: DictConfig) -> None:
-    results = ROOT / config.results
+    if config.scale not in SCALES:
+        raise UserError(f"scale must be {' or '.join(SCALES)}: got {config.scale!r}")
+    results = ROOT / config.results / ("" if config.scale == "tiny" else config.scale)
     known = {file.stem: read_claim(file.stem) for file in sorted((ROOT / "experiments").glob("*.yaml"))}
     claims = {config.claim: read_claim(config.claim)} if config.claim else known
     # What is collected comes first: verdicts on one claim may rest on the runs of several.
@@ -65,7 +67,7 @@ def _rows_of_claim(name: str, claim: dict[str, Any], folder: Path, config: DictC
     runs_here = config.collect and any((ROOT / config.output_dir).glob("*/record.json"))
     if not runs_here and not any(folder.glob("*.json")):  # composing hundreds of jobs takes a while
         return []
-    runs = _run_folders(claim, config.output_dir)
+    runs = run_folders(claim, config.output_dir, config.scale)
     if config.collect:
         _collect(name, runs, folder)
         if claim["figure"] == "similarity":
@@ -108,10 +110,11 @@ def _rows_in(folder: Path, name: str) -> list[Row]:
     return rows_of(records)
 
 
-def _run_folders(claim: dict[str, Any], output_dir: str) -> dict[str, Path]:
+def run_folders(claim: dict[str, Any], output_dir: str, scale: str = "tiny") -> dict[str, Path]:
     """The run folder of each of a claim's runs, by its overrides."""
+    given = [f"scale={scale}", f"output_dir={output_dir}"]
     return {
-        " ".join(job): run_folder(to_plain(job_config([*job, f"output_dir={output_dir}"])), ROOT)
+        " ".join(job): run_folder(to_plain(job_config([*job, *given])), ROOT)
         for job in expand(claim["runs"], common=claim["common"])
     }
 

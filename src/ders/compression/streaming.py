@@ -58,8 +58,8 @@ def compress_folder(
     bases, base_sha256 = _bases(source, base)
     with new_folder(Path(output), overwrite=overwrite) as unfinished:
         copy_other_files(source.folder, unfinished)
-        shapes = _delta_shapes(source, upcycling)
-        with FolderWriter(unfinished, _slots(source, upcycling, shapes)) as writer:
+        shapes = delta_shapes(source, upcycling)
+        with FolderWriter(unfinished, compressed_slots(source, upcycling, shapes)) as writer:
             summary = _write(source, upcycling, bases, base, writer, progress or _silent)
             sha256 = writer.close()
         about = {
@@ -104,7 +104,7 @@ def _mean_piece(stack: list[Piece]) -> Piece:
     return Piece(first.dtype, first.shape, lambda: mean_of([piece.read() for piece in stack], first.dtype))
 
 
-def _delta_shapes(source: MoESource, upcycling: Upcycling) -> dict[str, dict[str, Tensor]]:
+def delta_shapes(source: MoESource, upcycling: Upcycling) -> dict[str, dict[str, Tensor]]:
     """The stored tensors of each projection's deltas, on the meta device; all layers' are alike."""
     index, layer = next(iter(source.layers.items()))
     make, count = delta_maker(upcycling, index, source.dtype), upcycling.num_experts + upcycling.extended
@@ -112,7 +112,7 @@ def _delta_shapes(source: MoESource, upcycling: Upcycling) -> dict[str, dict[str
         return {name: make(name, count, *stack[0].shape).state_dict() for name, stack in layer.experts.items()}
 
 
-def _slots(source: MoESource, upcycling: Upcycling, shapes: dict[str, dict[str, Tensor]]) -> Iterable[Slot]:
+def compressed_slots(source: MoESource, upcycling: Upcycling, shapes: dict[str, dict[str, Tensor]]) -> Iterable[Slot]:
     for name, piece in source.rest.items():
         yield Slot(name, piece.dtype, piece.shape)
     for layer in source.layers.values():

@@ -17,7 +17,7 @@ from ders.checkpoint import Piece, TensorFolder
 from ders.checkpoint.header import Slot, file_bytes, folder_bytes
 from ders.compression.compress import compressed_form, section_of
 from ders.compression.own import read_own
-from ders.compression.streaming import _delta_shapes, _slots
+from ders.compression.streaming import compressed_slots, delta_shapes
 from ders.deltas import Delta
 
 # Where `save_pretrained` starts another file.
@@ -58,7 +58,7 @@ def planned_compressed_bytes(model: nn.Module, *, delta: Callable[..., Delta], e
     """
     source = read_own(_PlannedFolder(model))
     upcycling = compressed_form(source.upcycling, delta, extended)
-    return folder_bytes(_slots(source, upcycling, _delta_shapes(source, upcycling)))
+    return folder_bytes(compressed_slots(source, upcycling, delta_shapes(source, upcycling)))
 
 
 class _PlannedFolder(TensorFolder):

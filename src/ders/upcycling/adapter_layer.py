@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ders.checkpoint import Piece
 from ders.deltas import Delta
 from ders.moe import MoELayer
-from ders.upcycling.surgery import Upcycling, delta_maker
+from ders.upcycling.description import Upcycling
+from ders.upcycling.surgery import delta_maker
 
 # The rest of a layer (shared base, universal FFN) was the parent's, and is held only where it changed.
 ALWAYS_HELD = ("router.", "experts.")

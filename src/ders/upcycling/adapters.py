@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ders.checkpoint.adapter import ParentIdentity
 from ders.moe import MoELayer, moe_layers
+from ders.upcycling.description import Upcycling
 from ders.upcycling.families import Family, find_decoder
-from ders.upcycling.surgery import Upcycling, apply
+from ders.upcycling.surgery import apply
 
 _ATTRIBUTE = "_ders_adapters"
 
