@@ -74,6 +74,11 @@ def check(config: DictConfig) -> None:
     set_trainable(model, config.trainable)
     for name, node in config.stage.items():
         stage = instantiate(node)
+        if config.scale == "paper" and stage.skip is None and stage.num_epochs is None:
+            raise UserError(
+                f"scale=paper: stage.{name} lasts {stage.max_steps} steps, which is a tiny recipe's: choose "
+                f"recipe=general, medical or code, or set stage.{name}.num_epochs and stage.{name}.max_steps=null"
+            )
         try:
             stage.schedule(stage.optimizer([torch.zeros(1, requires_grad=True)]), stage.max_steps or 1000)
         except (TypeError, ValueError) as error:

@@ -81,4 +81,5 @@ def _source(config: DictConfig, provenance: dict[str, Any], checkpoint: Path) ->
             if name is None
             else f"{checkpoint} was trained on {name!r}, which is not known here: choose one of {', '.join(known)}"
         )
-    return name, instantiate(composed("eval", [f"checkpoint='{checkpoint}'", f"data={name}"]).data)
+    scale = provenance.get("scale") or "tiny"
+    return name, instantiate(composed("eval", [f"checkpoint='{checkpoint}'", f"data={name}", f"scale={scale}"]).data)

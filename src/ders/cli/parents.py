@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 
 import ders
@@ -60,11 +61,16 @@ def _train_parent(
     config: DictConfig, source: DataSource, prepared: PreparedData, recipe: dict[str, Any], folder: Path
 ) -> None:
     started = time.perf_counter()
+    stages = {name: instantiate(config.stage[name]) for name in (*STAGES, "moe")}
+    for stage in stages.values():
+        if stage.skip is None:
+            prepared.split(stage.split)  # read and checked before the first stage has cost anything
     seed_everything(config.parent_seed)
     bundle = instantiate(config.model).build(prepared.texts())
     make_trainer = parent_trainer_factory(config)
+    device = torch.device("cpu")
     for name in STAGES:
-        stage: Stage = instantiate(config.stage[name])
+        stage: Stage = stages[name]
         reason = stage.skipped(bundle, prepared)
         if reason is not None:
             log.info("stage %s skipped: %s", name, reason)
@@ -74,13 +80,14 @@ def _train_parent(
         data = stage.data(bundle, source, prepared)
         logs = folder / "logs" / name
         trainer = fit(stage, module, data, make_trainer, label=name, folder=logs, seed=config.parent_seed)
+        device = trainer.strategy.root_device
         if trainer.global_step != stage.steps:
             raise RuntimeError(f"stage {name} of the parent stopped at step {trainer.global_step}: nothing is kept")
-    bundle.model.cpu()
     save_bundle(bundle, folder / "model")
     for item in (folder / "model").iterdir():
         item.rename(folder / item.name)
     (folder / "model").rmdir()
+    bundle.model.to(device)
     metrics = score(bundle, source, prepared, "test", "parent").metrics if "test" in prepared.files else {}
     seconds = time.perf_counter() - started
     (folder / "parent.json").write_text(

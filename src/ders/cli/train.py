@@ -155,25 +155,26 @@ def _train_and_score(
             ckpt_path=checkpoint,
         )
     if trainer.is_global_zero:
+        results["peak_gib"] = peak_gib()  # of the training: what is loaded to score it comes later
         _wait_for_children(trainer)
         bundle.model.cpu()
-        save_bundle(bundle, folder / "model", _provenance(source, prepared, parent))
+        save_bundle(bundle, folder / "model", _provenance(config, source, prepared, parent))
         results["stored_bytes"] = stored_bytes(folder / "model")
         device = trainer.strategy.root_device
         results["metrics"] = score_folder(folder, source, prepared, device) | parent_scores(parent)
         draw_run(folder)
-        results["peak_gib"] = peak_gib()
         results["wall_seconds"] = round(time.perf_counter() - started, 2)
     return trainer.global_step, stage.steps
 
 
-def _provenance(source: DataSource, prepared: PreparedData, parent: Path) -> dict[str, Any]:
+def _provenance(config: DictConfig, source: DataSource, prepared: PreparedData, parent: Path) -> dict[str, Any]:
     """Where a model came from and what it was trained on, for commands that meet its folder later."""
     data = HydraConfig.get().runtime.choices.get("data") if HydraConfig.initialized() else None
     return {
         "data": data,
         "data_hash": prepared.data_hash,
         "split": "train",
+        "scale": config.scale,
         "prompt": vars(PROMPTS[source.prompt]),
         "parent": str(parent.resolve()),
         "parent_sha256": weights_sha256(parent),
@@ -183,8 +184,18 @@ def _provenance(source: DataSource, prepared: PreparedData, parent: Path) -> dic
 def _command(plain: dict[str, Any]) -> list[str]:
     """What repeats this very job, also one of a sweep, or the vanilla run behind a compression."""
     overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else sys.argv[1:]
-    known = (*plain, "compression") if "compression" in plain else plain
-    return ["python", "train.py", *(o for o in overrides if re.split(r"[.@=]", o.lstrip("+~"))[0] in known)]
+    return ["python", "train.py", *(o for o in overrides if _belongs_to(o, plain))]
+
+
+def _belongs_to(override: str, plain: dict[str, Any]) -> bool:
+    """Whether an override of the sweep's job is one of this very configuration, which may be the job's vanilla run."""
+    head, *path = re.split(r"[.@]", override.lstrip("+~").split("=", 1)[0])
+    if head in ("compression", "experiments"):
+        return head in plain
+    if head not in plain:  # a choice of files alone, as recipe=…
+        return (ROOT / "conf" / head).is_dir()
+    value = plain[head]
+    return bool(path) or isinstance(value, dict | list) or yaml.safe_load(override.split("=", 1)[1]) == value
 
 
 @contextlib.contextmanager

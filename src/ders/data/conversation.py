@@ -36,6 +36,11 @@ class Template:
 
 PROMPTS = {
     "vicuna": Template(),
+    # The same with the sentence that MoE-LLaVA's and Med-MoE's conversations begin with.
+    "llava_v1": Template(
+        start="A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions. "
+    ),
     # LLaVA's first stage, "plain": an image, then its caption. LLaVA ends it by the line break alone.
     "plain": Template(question="{}", answer="{}\n", keep_question=False),
     # Magicoder's prompt (arXiv 2312.02120); all before the response is one piece of text, as it is tokenized there.

@@ -33,7 +33,7 @@ class MoELayer(nn.Module):
         universal_weight: what multiplies that copy's output, `one` or `complement` (1 − Σ_k g_k).
 
     Raises:
-        ValueError: an unknown `universal_weight`.
+        ValueError: an unknown `universal_weight`, or a complement of gates that sum to one.
     """
 
     experts: VanillaExperts | SharedBaseExperts
@@ -44,6 +44,11 @@ class MoELayer(nn.Module):
         super().__init__()
         if universal_weight not in UNIVERSAL_WEIGHTS:
             raise ValueError(f"universal_weight must be {' or '.join(UNIVERSAL_WEIGHTS)}: got {universal_weight!r}")
+        if universal_weight == "complement" and universal and router.preserves_function:
+            raise ValueError(
+                "universal_weight=complement gives the universal FFN what the gates leave of one, and this router's "
+                "gates leave nothing: use top_k=1, renormalize=false, or universal_weight=one"
+            )
         self.universal_weight = universal_weight
         self.router = router
         self.universal: nn.Module | None = copy.deepcopy(dense) if universal else None

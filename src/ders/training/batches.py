@@ -1,5 +1,6 @@
 """Which rows a step trains on: a pure function of (seed, step, world size), so a resumed run meets the same batches."""
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -48,6 +49,8 @@ class StepBatches(Sampler[list[int]]):
         self.num_rows, self.global_batch_size, self.num_steps = num_rows, global_batch_size, num_steps
         self.accumulate, self.seed, self.rank, self.world_size, self.start = accumulate, seed, rank, world_size, start
         self.lengths = lengths
+        # A million rows take seconds to shuffle and sort: once an epoch, not once a batch.
+        self.order_of = functools.lru_cache(maxsize=2)(self._epoch)
 
     def __len__(self) -> int:
         # The whole run's length, also after a resume: Lightning counts the batches of an epoch from its beginning.
@@ -63,7 +66,7 @@ class StepBatches(Sampler[list[int]]):
         first = step * self.global_batch_size
         places = torch.arange(first, first + self.global_batch_size)
         epochs = range(first // self.num_rows, (first + self.global_batch_size - 1) // self.num_rows + 1)
-        shuffled = torch.cat([self._epoch(epoch) for epoch in epochs])
+        shuffled = torch.cat([self.order_of(epoch) for epoch in epochs])
         return shuffled[places - epochs[0] * self.num_rows]
 
     def _epoch(self, epoch: int) -> torch.Tensor:

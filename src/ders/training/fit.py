@@ -53,7 +53,9 @@ class StageLoaders(lightning.LightningDataModule):
             start=self.trainer.global_step * self.stage.accumulate,
             lengths=self.data.lengths,
         )
-        return DataLoader(self.data.train, batch_sampler=batches, collate_fn=self.data.collate)
+        return DataLoader(
+            self.data.train, batch_sampler=batches, collate_fn=self.data.collate, num_workers=self.stage.num_workers
+        )
 
     def val_dataloader(self) -> Any:
         return self.data.validation_loader(self.trainer.global_rank, self.trainer.world_size) or []

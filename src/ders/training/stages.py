@@ -76,6 +76,7 @@ class Stage:
         global_batch_size: rows of one optimizer step, whatever the number of devices.
         accumulate: micro-batches a step is split into.
         device_batch_size: rows of a micro-batch instead: `accumulate` follows from it and the number of devices.
+        num_workers: processes that read images ahead of training; 0 for none.
         split: of the data, on which this stage trains.
         skip: why this stage has nothing to do in a recipe; None where it has.
         optimizer: partial of a torch optimizer.
@@ -92,6 +93,7 @@ class Stage:
     num_epochs: int | None = None
     accumulate: int = 1
     device_batch_size: int | None = None
+    num_workers: int = 0
     split: str = "train"
     skip: str | None = None
     gradient_clip: float | None = 1.0

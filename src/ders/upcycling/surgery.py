@@ -226,12 +226,12 @@ def _summarize(upcycling: Upcycling, decoder: nn.Module, num_layers: int, replac
     held = sum(p.numel() for layer in replaced for p in layer.parameters())
     dense = sum(layer.num_dense_params for layer in replaced)
     routers = sum(p.numel() for layer in replaced for p in layer.router.parameters())
-    universal = dense if upcycling.universal and not upcycling.extended else 0
+    copied = dense if upcycling.universal else 0
     return UpcyclingSummary(
         upcycling=upcycling,
         model_type=decoder.config.model_type,  # type: ignore[union-attr, arg-type]
         num_layers=num_layers,
         added_params=held - dense,
-        added_params_universal=universal,
-        added_params_vanilla=(upcycling.num_experts - 1) * dense + routers + universal,
+        added_params_universal=0 if upcycling.extended else copied,
+        added_params_vanilla=(upcycling.num_experts - 1) * dense + routers + copied,
     )
