@@ -148,6 +148,10 @@ def test_the_mildest_setting_within_a_budget(planned: Any, choice: list[str], di
         (["scale=tiny", "model=coder_moe", "method=vanilla", "extended=true"], "extended=true makes the universal FFN"),
         ([*TINY, "rank=2"], "Could not override 'rank'"),
         ([], "You must specify 'model'"),
+        (["model=tiny_lm", "scale=tiny", "method=dense", "upcycling=med_moe"], "method=dense has no experts"),
+        (["model=moe_llava_phi", "budget_gib=inf"], "budget_gib must be a finite number"),
+        (["model=moe_llava_phi", "trainable=tower"], "trainable must be one of paper, frozen_shared, adapter, all"),
+        (["model=moe_llava_phi", "sparsity=1.5", "budget_gib=9"], r"^sparsity must be in \[0, 1\)"),
     ],
 )
 def test_mistakes_are_told(planned: Any, overrides: list[str], message: str) -> None:
@@ -197,3 +201,8 @@ def test_units() -> None:
         "2.00 T",
     ]
     assert [size(n) for n in (None, 512, 2**20, 3 * 2**29)] == ["–", "0.50 KiB", "1.00 MiB", "1.50 GiB"]
+
+
+def test_the_code_recipe_trains_the_rest_too(planned: Any) -> None:
+    arguments = ("model=coder_moe", "method=ders_lm", "rank=4")
+    assert planned(*arguments, "train_rest=true")["trainable_params"] == planned(*arguments)["total_params"]

@@ -10,8 +10,9 @@ from ders.cli.app import composed, prepare_hydra, to_plain
 from ders.cli.jobs import job_config
 from ders.cli.sweeper import expand
 from ders.cli.tables import read_claim
-from ders.reporting.paper import DIALS, Key, printed_key
+from ders.reporting.paper import DIALS, Key, measured_key, printed_key
 from ders.reporting.published import load_published
+from ders.reporting.tables import Row
 
 CLAIMS = sorted(file.stem for file in (ROOT / "experiments").glob("*.yaml"))
 PAPER = [name for name in CLAIMS if read_claim(name)["published"]]
@@ -56,6 +57,34 @@ def test_every_printed_row_is_a_job(name: str) -> None:
     models = {key.model for key in printed}
     assert {(Key(model, "dense"), 0) for model in models} <= keys
     assert {(Key(model, "vanilla"), 0) for model in models} <= keys
+
+
+@pytest.mark.parametrize("name", ["table_2", "s7", "s11", "table_5"])
+def test_composed_jobs_have_the_keys_of_the_printed_rows(name: str) -> None:
+    """Of each method the first job, as train.py composes it: its record will be found beside the row it repeats."""
+    prepare_hydra()
+    claim = read_claim(name)
+    first: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for job in expand(claim["runs"], common=claim["common"]):
+        given = dict(override.split("=", 1) for override in job)
+        kind = (given["method"], given.get("compression", ""), given.get("trainable", ""))
+        first.setdefault(kind, to_plain(job_config(job)))
+    found = set()
+    for config in first.values():
+        method = config["method"]["name"]
+        found.add(measured_key(Row(method, {}, ({"config": config, "method": method},))))
+    assert len(found) == len(first)
+    model = claim["common"].split()[0].removeprefix("model=").split(",")[0]
+    tables = load_published()["tables"]
+    printed = [printed_key(row) for table in claim["published"] for row in tables[table]["rows"]]
+    repeated = {(key.method, key.frozen_base): key for key in reversed(printed) if key.model == model}
+    assert set(repeated.values()) <= found
+    assert {(key.method, key.frozen_base) for key in found - set(printed)} <= {
+        ("dense", False),
+        ("vanilla", False),
+        ("base_only", False),
+        ("ders_sm", True),
+    }
 
 
 def test_dense_controls_have_no_upcycling() -> None:

@@ -27,7 +27,7 @@ def results(tmp_path: Path, run_job: Callable[..., Path]) -> Path:
     folder = tmp_path / "results" / "methods"
     folder.mkdir(parents=True)
     prepare_hydra()
-    runs = run_folders(read_claim("methods"), "outputs")
+    runs = run_folders(read_claim("methods"), [])
     for method in ("dense", "ders_sm"):
         record = json.loads((run_job(f"method={method}") / "record.json").read_text())
         name = runs[f"method={method} seed=0"].name
@@ -51,7 +51,7 @@ def published(tmp_path: Path) -> Path:
     prepare_hydra()
     folder = tmp_path / "results" / "table_3"
     folder.mkdir(parents=True)
-    for overrides, run in run_folders(read_claim("table_3"), "outputs").items():
+    for overrides, run in run_folders(read_claim("table_3"), []).items():
         dials = dict(override.split("=", 1) for override in overrides.split())
         method = dials.get("compression", dials["method"])
         given = {key: yaml.safe_load(dials[key]) for key in ("sparsity", "rank", "trainable") if key in dials}
@@ -110,7 +110,7 @@ def test_only_clean_and_finished_records_are_collected(
     source = run_job("method=dense")
     record = json.loads((source / "record.json").read_text())
     prepare_hydra()
-    runs = run_folders(read_claim("methods"), str(tmp_path / "runs"))
+    runs = run_folders(read_claim("methods"), [f"output_dir={tmp_path / 'runs'}"])
     states = [{"dirty": False}, {"dirty": True}, {"dirty": False, "status": "interrupted"}]
     for seed, state in enumerate(states):
         folder = runs[f"method=vanilla seed={seed}"]
@@ -145,8 +145,8 @@ def test_the_readme_shows_the_tables_of_results(tmp_path: Path) -> None:
 def test_runs_at_full_size_have_their_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare_hydra()
     claim = read_claim("table_3")
-    tiny, paper = (run_folders(claim, "outputs", scale) for scale in ("tiny", "paper"))
-    assert tiny.keys() == paper.keys()
+    started = ["trainer=gpu", "data=evol_code", "data.paper.train=code.jsonl"]
+    tiny, paper = (run_folders(claim, [f"scale={scale}", *started]) for scale in ("tiny", "paper"))
     assert not set(tiny.values()) & set(paper.values())
     run = next(
         run
@@ -156,8 +156,13 @@ def test_runs_at_full_size_have_their_own_folder(tmp_path: Path, monkeypatch: py
     folder = tmp_path / "results" / "paper" / "table_3"
     folder.mkdir(parents=True)
     (folder / f"{run.name}.json").write_text(json.dumps(record("coder_moe", "vanilla", 0, 0.6) | {"scale": "paper"}))
-    tables(monkeypatch, "claim=table_3", "scale=paper", "collect=false", f"results={tmp_path / 'results'}")
-    assert "ours at scale paper" in (folder / "table.md").read_text()
+    given = [f"overrides='{' '.join(started)}'", "claim=table_3", "scale=paper"]
+    tables(monkeypatch, *given, f"output_dir={tmp_path}", f"results={tmp_path / 'results'}")
+    table = (folder / "table.md").read_text()
+    assert "ours at scale paper" in table
+    assert f"`python train.py experiments=table_3 scale=paper {' '.join(started)}`" in table
+    tables(monkeypatch, "claim=table_3", "scale=paper", f"output_dir={tmp_path}", f"results={tmp_path / 'results'}")
+    assert (folder / f"{run.name}.json").exists()  # what other overrides do not find is not thrown away
     assert (tmp_path / "results" / "paper" / "claims.md").exists()
     assert not (tmp_path / "results" / "table_3").exists()
     with pytest.raises(SystemExit, match="scale must be tiny or paper: got 'huge'"):

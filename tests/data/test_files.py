@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from ders.data import DigitsVQA, InstructionFiles, LlavaMix, by_scale
+from ders.data import DigitsVQA, InstructionFiles, LlavaFiles, LlavaMix, by_scale
 from ders.data.faults import DataError
 from ders.data.loading import Conversations, PixelReader, collate_conversations, sample_lengths, single_questions
 from ders.data.source import DataSource
@@ -200,24 +200,71 @@ def test_json_files_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         source.prepare(tmp_path)
 
 
-def test_what_is_missing_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_missing_is_told(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"set data\.root=DIR to the folder .* or data\.repo=ID and data\.images=DIR"):
         mix(root=None).prepare(tmp_path)
     with pytest.raises(DataError, match=r"data\.root=/none: no such folder"):
         mix(root="/none").prepare(tmp_path)
     with pytest.raises(DataError, match=r"data\.images=.*/pictures: no such folder"):
         mix(images="pictures").prepare(tmp_path)
-    with pytest.raises(DataError, match=r"none\.json: no such file. data\.splits\.train names it below data\.root="):
+    with pytest.raises(DataError, match=r"none\.json: no such file. data\.splits\.train names it below /"):
         mix(splits={"train": ["none.json"]}).prepare(tmp_path)
     with pytest.raises(DataError, match=r"data\.splits has no train"):
         mix(splits={"test": STAGES["test"]}).prepare(tmp_path)
-    with pytest.raises(DataError, match=r"none\.json: no such file. data\.splits\.instruct"):
-        mix(splits={**STAGES, "instruct": ["train_json/nlp_tune.json", "none.json"]}).prepare(tmp_path)
+    for split, names in {"val": ["none.json"], "test": {**STAGES["test"], "gqa": "none.json"}}.items():
+        with pytest.raises(
+            DataError, match=rf"none\.json: no such file.* data\.splits\.{split}=null leaves the split out"
+        ):
+            mix(splits={**STAGES, split: names}).prepare(tmp_path)
+    for dial in ("splits", "image_folders", "split_prompts"):
+        named = {"splits": {**STAGES, "tset": []}}.get(dial, {"tset": "plain"})
+        with pytest.raises(
+            ValueError, match=f"{dial} of the data names an unknown split 'tset': choose from train, val,"
+        ):
+            mix(**{dial: named})
+
+
+def test_splits_of_earlier_stages_are_missed_when_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    splits = {**STAGES, "pretrain": None, "instruct": ["train_json/nlp_tune.json", "none.json"]}
     with caplog.at_level(logging.WARNING):
-        prepared = mix(splits={**STAGES, "pretrain": ["none.json"], "val": None}).prepare(tmp_path)
-    assert "there is no pretrain split" in caplog.text
-    with pytest.raises(DataError, match="this data has no pretrain split: it has instruct, train, test"):
+        prepared = mix(splits=splits).prepare(tmp_path)
+    assert "the instruct split is left out: " in caplog.text
+    assert (list(prepared.files), len(prepared.split("train"))) == (["train", "test"], 4)
+    with pytest.raises(
+        DataError, match=r"no instruct split: .*none\.json: no such file. data\.splits\.instruct names it"
+    ):
+        prepared.split("instruct")
+    with pytest.raises(DataError, match="this data has no pretrain split: it has train, test"):
         prepared.split("pretrain")
+
+
+def test_data_without_a_test_split_says_that_no_score_will_be(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    text = str(FIXTURES / "moe_llava" / "train_json" / "nlp_tune.json")
+    for source, dial in [
+        (mix(splits={**STAGES, "test": None}), r"set data.splits.test={BENCHMARK: FILE}"),
+        (LlavaFiles(train=text), "set data.test=FILE"),
+        (code("evol_codealpaca_v1"), "set +data.test=FILE"),
+    ]:
+        caplog.clear()
+        source.prepare(tmp_path)
+        assert caplog.messages == [f"no test split: this run will have no score; {dial}"]
+    caplog.clear()
+    for source in (mix(), LlavaFiles(train=text, test=text)):
+        source.prepare(tmp_path)
+    assert caplog.messages == []
+
+
+def test_words_are_read_without_images_and_past_faulty_rows(tmp_path: Path) -> None:
+    shutil.copytree(FIXTURES / "moe_llava", tmp_path / "set")
+    (tmp_path / "set" / "llava_image_tune" / "coco" / "train2017" / "000000033471.jpg").write_text("no picture")
+    prepared = mix(root=str(tmp_path / "set")).prepare(tmp_path)
+    assert prepared.readable("train")["id"] == mix().prepare(tmp_path).split("train")["id"]
+    file = tmp_path / "set" / "train_json" / "nlp_tune.json"
+    good = json.loads(file.read_text())
+    file.write_text(json.dumps([{"id": "bad"}, *good[1:]]))
+    assert len(prepared.readable("train")) == 3
+    with pytest.raises(DataError, match="this data has no val split"):
+        prepared.readable("val")
 
 
 def test_one_configuration_holds_both_scales(tmp_path: Path) -> None:

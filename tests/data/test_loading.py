@@ -96,14 +96,41 @@ def test_exact_match(prediction: str, answer: str, correct: bool) -> None:
     assert is_correct(prediction, answer) is correct
 
 
-def test_the_prior_sees_the_question_alone() -> None:
-    def row(question: str, *answers: str) -> dict[str, Any]:
-        n = len(answers)
-        return {"id": "", "image": None, "questions": [question] * n, "answers": answers, "kinds": ["k"] * n}
+def answered(kind: str, question: str, *answers: str) -> dict[str, Any]:
+    n = len(answers)
+    return {"id": "", "image": None, "questions": [question] * n, "answers": answers, "kinds": [kind] * n}
 
-    prior = MajorityPrior([row("how many?", "2", "3", "3"), row("any?", "no", "no", "no", "no")])
+
+def test_the_prior_sees_the_question_alone() -> None:
+    rows = [answered("k", "how many?", "2", "3", "3"), answered("k", "any?", "no", "no", "no", "no")]
+    prior = MajorityPrior(rows, ["how many?", "never asked"])
     assert prior({"question": "how many?", "kind": "k"}) == "3"
     assert prior({"question": "never asked", "kind": "k"}) == "no"
+    assert list(prior.by_question) == ["how many?"]  # what nobody asks is not kept
+
+
+def test_the_prior_of_a_kind_that_training_has_not() -> None:
+    rows = [
+        answered("open", "where?", "left", "right", "right"),
+        answered("slake_open", "where?", "left", "left", "lung"),
+        answered("closed", "is it?", "yes", "yes", "no", "no", "yes"),
+        answered("slake_closed", "is it?", "no", "no", "no"),
+    ]
+    prior = MajorityPrior(rows, [])
+    told = {
+        "open": "right",
+        "slake_open": "left",
+        "vqa_rad_open": "left",  # 3 of open and slake_open together
+        "vqa_rad_closed": "no",  # 5 of both
+        "pope": "no",  # 5 of all
+    }
+    assert {kind: prior({"question": "new", "kind": kind}) for kind in told} == told
+    assert MajorityPrior([], ["new"])({"question": "new", "kind": "open"}) == ""
+
+
+def test_of_equally_common_answers_the_prior_gives_the_first() -> None:
+    prior = MajorityPrior([answered("k", "q", "b", "a", "a", "b", "c")], ["q"])
+    assert [prior({"question": question, "kind": "k"}) for question in ("q", "new")] == ["b", "b"]
 
 
 def test_scores_carry_their_counts() -> None:

@@ -83,7 +83,7 @@ def test_bad_rows_are_named(tmp_path: Path, row: Any, message: str) -> None:
 
 def test_answer_types_and_benchmarks_name_kinds(tmp_path: Path) -> None:
     rows = [
-        {"id": 1, "conversations": TEXT, "answer_type": "OPEN"},
+        {"id": 1, "conversations": TEXT, "answer_type": "OPEN "},
         {"id": 2, "conversatons": TEXT, "answer_type": "close"},
         {"id": 3, "conversations": TEXT, "answers": [{"answer": "yes"}, {"answer": "no"}]},
         {"id": 4, "conversations": TEXT, "kinds": ["mine"]},
@@ -93,6 +93,23 @@ def test_answer_types_and_benchmarks_name_kinds(tmp_path: Path) -> None:
     named = read_rows(file, None, origin=Origin("slake"))
     assert named["kinds"] == [["slake_open"], ["slake_closed"], ["slake"], ["mine"]]
     assert named["annotations"] == [[[]], [[]], [["yes", "no"]], [[]]]
+
+
+def test_the_answer_types_of_several_people_split_no_benchmark(tmp_path: Path) -> None:
+    types = ["yes/no", "number", "other", "unanswerable", None]
+    rows = [{"id": 1, "conversations": TEXT, "answer_type": told, "answers": ["yes"] * 10} for told in types]
+    file = write(tmp_path, rows)
+    assert read_rows(file, None, origin=Origin("vqav2"))["kinds"] == [["vqav2"]] * 5
+    assert read_rows(file, None)["kinds"] == [["closed"]] * 5
+
+
+def test_what_to_do_about_faulty_rows_is_told(tmp_path: Path) -> None:
+    file = write(tmp_path, [{"id": "x"}])
+    with pytest.raises(DataError, match=r"scripts/data\.py action=check .*; the data's on_fault=skip leaves"):
+        read_rows(file, None)
+    with pytest.raises(DataError, match=r"scripts/data\.py action=check") as error:
+        read_rows(file, None, on_fault="skip")  # no row is left
+    assert "on_fault" not in str(error.value)
 
 
 def test_json_lines(tmp_path: Path) -> None:

@@ -102,6 +102,28 @@ def test_rows_that_were_not_run_are_dashes() -> None:
     assert as_data(lines[1], formula)["ours"] is None
 
 
+@pytest.mark.parametrize("tables", [["table_2"], ["table_4a", "table_4b"], ["table_s15"]])
+def test_rows_without_a_score_are_dashes_and_draw_nothing(tables: list[str], tmp_path: Path) -> None:
+    records = records_of([row for table in tables for row in rows(table)] + rows("table_3")[:1])
+    for one in records:
+        one["metrics"] = {}
+    lines = lines_of(tables, PUBLISHED, rows_of(records))
+    assert draw_paper(lines, "A title", tmp_path / "a.png").exists()
+    text = paper_markdown(lines, PUBLISHED, lambda row: None, "A", "b")
+    assert "| 500 + 1,192 | – | – | 2 |" in text
+
+
+def test_tables_say_what_their_counts_and_memory_are() -> None:
+    def text(table: str) -> str:
+        lines = lines_of([table], PUBLISHED, rows_of(records_of(rows(table))))
+        return paper_markdown(lines, PUBLISHED, lambda row: None, "A", "b")
+
+    assert "Ours counts routers and the biases" in text("table_s17")
+    assert "Ours counts routers" not in text("table_3")
+    assert "resident size of the whole process" in text("table_6")
+    assert "resident" not in text("table_3")
+
+
 def test_a_count_that_no_misprint_explains_is_told() -> None:
     lines = lines_of(["table_3"], PUBLISHED, [])
     assert counted(lines, PUBLISHED, formula) == "Added parameters: 5 of 6 cells as printed, 1 misprint listed."

@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from ders.cli.app import composed, prepare_hydra, to_plain
-from ders.cli.build import instantiate
+from ders.cli.app import UserError, composed, prepare_hydra, to_plain
+from ders.cli.build import check, instantiate
 from ders.reporting import read_record
+from ders.reporting.figures import read_metrics
 from ders.training import LanguageStage, schedule
+from ders.training.modules import LanguageModule
 
 TASKS = {
     "general": ["model=moe_llava_phi", "data=llava_mix", "upcycling=moe_llava_original"],
@@ -142,10 +145,45 @@ def test_table_5s_frozen_base_in_the_code_recipe(run_job: Callable[..., Path]) -
     assert paper["trainable_params"] - frozen["trainable_params"] == 4 * 3 * 128 * 512
 
 
-def test_gradient_checkpointing_and_grouping_change_no_result(run_job: Callable[..., Path]) -> None:
+def test_gradient_checkpointing_changes_nothing_and_grouping_runs(
+    run_job: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     general = ["recipe=general", *TASKS["general"], *SMALL, "method=ders_lm"]
-    plain = read_record(run_job(*general, data=[]) / "record.json")
-    saving = read_record(run_job(*general, "stage.moe.gradient_checkpointing=true", data=[]) / "record.json")
-    assert {k: v["value"] for k, v in saving["metrics"].items()} == {k: v["value"] for k, v in plain["metrics"].items()}
+    plain = run_job(*general, data=[])
+    switched: list[bool] = []
+    training_step = LanguageModule.training_step
+
+    def watched(self: LanguageModule, *arguments: Any) -> Any:
+        switched.append(self.model.is_gradient_checkpointing)
+        return training_step(self, *arguments)
+
+    monkeypatch.setattr(LanguageModule, "training_step", watched)
+    saving = run_job(*general, "stage.moe.gradient_checkpointing=true", data=[])
+    assert switched == [True, True]
+    for metric in ("train/loss", "train/router_loss"):
+        assert read_metrics(saving / "metrics.csv")[metric] == read_metrics(plain / "metrics.csv")[metric]
+    trained = [load_file(run / "model" / "model.safetensors") for run in (plain, saving)]
+    routers = [name for name in trained[0] if "router" in name]
+    assert len(routers) == 2
+    assert all(torch.equal(trained[0][name], trained[1][name]) for name in routers)
     grouped = run_job(*general, "stage.moe.group_by_modality_length=true", data=[])
     assert read_record(grouped / "record.json")["status"] == "finished"
+
+
+def test_another_number_of_micro_batches_cannot_go_on(run_job: Callable[..., Path]) -> None:
+    general = ["recipe=general", *TASKS["general"], *SMALL, "method=ders_lm", "stage.moe.accumulate=2"]
+    folder = run_job(*general, "trainer.max_steps=1", data=[])
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    content = torch.load(checkpoint, weights_only=True)
+    assert content["ders_accumulate"] == 2
+    torch.save(content | {"ders_accumulate": 4}, checkpoint)
+    with pytest.raises(ValueError, match="with 4 micro-batches a step, and on these devices there are 2"):
+        run_job(*general, "ckpt_path=last", data=[])
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_full_size_needs_a_recipe_of_full_size(task: str) -> None:
+    prepare_hydra()
+    with pytest.raises(UserError, match="a tiny recipe's: choose recipe=general, medical or code"):
+        check(composed("train", [*TASKS[task], "scale=paper", "model.pretrained=false"]))
+    check(composed("train", [*TASKS[task], f"recipe={task}", "scale=paper", "model.pretrained=false"]))

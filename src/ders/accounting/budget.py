@@ -74,7 +74,8 @@ def mildest(
     def at(index: int) -> functools.partial[Delta]:
         return functools.partial(delta.func, **(delta.keywords | {dial: choices[index]}))
 
-    index = bisect.bisect_left(range(len(choices)), True, key=lambda i: estimate(at(i)) <= budget)
+    # The estimate may be a few digits of a header too large: one milder setting is tried too.
+    index = max(bisect.bisect_left(range(len(choices)), True, key=lambda i: estimate(at(i)) <= budget) - 1, 0)
     while index < len(choices) and exact(at(index)) > budget:
         index += 1
     if index == len(choices):

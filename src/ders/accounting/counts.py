@@ -17,7 +17,8 @@ class Counts:
         added_params: everything over the dense model it came from, universal FFNs included.
         added_params_universal: the universal FFNs' part of that.
         added_params_paper: added parameters as the paper's tables count them, universal FFNs apart: deltas or copies,
-            routers and the biases of all experts but one; never indices.
+            routers and the biases of all experts but one; never indices. Its compression tables leave routers and
+            biases out, which are counted here all the same.
         active_params: what one token meets: top_k of the experts.
         trainable_params: what receives gradients now.
     """

@@ -13,10 +13,7 @@ from ders.data import DataSource
 from ders.models.bundle import read_config
 from ders.models.tiny import dense_from_config
 from ders.training.batches import StepBatches
-from ders.upcycling import UpcyclingSummary, set_trainable, upcycle
-
-# What an MoE stage may train; the other rows of `TRAINABLE` are for the stages before it.
-MOE_TRAINABLE = ("paper", "frozen_shared", "adapter", "all")
+from ders.upcycling import MOE_TRAINABLE, UpcyclingSummary, set_trainable, upcycle
 
 
 def trainer_factory(config: DictConfig) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ders.cli.app import ROOT, UserError, check_format, composed, launch
 from ders.cli.folders import model_folder, provenance_of
 from ders.cli.instantiation import instantiate
 from ders.data import DataSource
+from ders.data.metrics import scorer_of
 from ders.evaluation.scoring import score
 from ders.models.bundle import load_bundle, stored_bytes
 
@@ -41,8 +43,16 @@ def run(config: DictConfig) -> None:
     prepared = source.prepare(ROOT / config.output_dir / "cache")
     if config.split not in prepared.files:
         raise UserError(f"data={name} has no {config.split} split. It has {', '.join(sorted(prepared.files))}")
-    if provenance.get("data_hash") not in (None, prepared.data_hash):
-        log.warning("this is not the very data that %s was trained on: its hash differs", checkpoint)
+    trained_on = provenance.get("data_hash")
+    if trained_on not in (None, prepared.data_hash):
+        log.warning(
+            "this is not the very data that %s was trained on: its hash was %.10s, that of data=%s is %.10s. "
+            "data=… and its dials choose another",
+            checkpoint,
+            trained_on,
+            name,
+            prepared.data_hash,
+        )
     bundle = load_bundle(checkpoint, dtype=_DTYPES[config.dtype])
     bundle.model.to(config.device)
     metrics = score(bundle, source, prepared, config.split, config.split).metrics
@@ -53,14 +63,29 @@ def run(config: DictConfig) -> None:
         about = {"checkpoint": str(checkpoint), "data": name, "split": config.split, "stored_bytes": stored}
         print(json.dumps({**about, "count": count, **flat}))
         return
-    table = Table(title=f"{checkpoint} on {name} ({config.split}), {stored / 1e6:,.2f} MB", title_justify="left")
+    title = f"{checkpoint} on {name} ({config.split}), {stored / 1e6:,.2f} MB"
+    Console().print(_table(title, metrics, config.split, source.scorers))
+
+
+def _table(title: str, metrics: dict[str, Any], split: str, scorers: Mapping[str, str]) -> Table:
+    """One line for all questions and one for each kind; the data's own scores only where it names scorers."""
+    table = Table(title=title, title_justify="left")
     table.add_column("")
-    for heading in ("accuracy %", "question-only prior %", "questions"):
+    own = f"{split}/score" in metrics
+    for heading in ("accuracy %", *(["own score %"] if own else []), "question-only prior %", "questions"):
         table.add_column(heading, justify="right")
-    for label, key in _rows(metrics, config.split):
-        accuracy, prior = metrics[f"{config.split}/accuracy{key}"], metrics[f"{config.split}/prior{key}"]
-        table.add_row(label, f"{100 * accuracy['value']:.1f}", f"{100 * prior['value']:.1f}", str(accuracy["count"]))
-    Console().print(table)
+    for label, key in _rows(metrics, split):
+        accuracy, prior = metrics[f"{split}/accuracy{key}"], metrics[f"{split}/prior{key}"]
+        cells = [_percent(accuracy), _percent(prior), str(accuracy["count"])]
+        if own:
+            scorer = scorer_of(label, scorers) if key else "score"
+            cells.insert(1, "" if scorer is None else f"{scorer} {_percent(metrics[f'{split}/{scorer}{key}'])}")
+        table.add_row(label, *cells)
+    return table
+
+
+def _percent(metric: dict[str, Any]) -> str:
+    return f"{100 * metric['value']:.1f}"
 
 
 def _rows(metrics: dict[str, Any], split: str) -> list[tuple[str, str]]:

@@ -13,11 +13,12 @@ from ders.cli.app import composed
 from ders.cli.build import upcycle_by_config
 from ders.cli.instantiation import instantiate
 from ders.compression.analysis import analyze_folder
+from ders.reporting.comparisons import SINGLE_RUN
 from ders.reporting.heatmap import draw_similarity
-from ders.reporting.paper import Printed, by_key, lines_of
+from ders.reporting.paper import NAMES, Printed, by_key, lines_of, measured_key
 from ders.reporting.paper_figures import draw_paper
 from ders.reporting.paper_notes import Added, computed
-from ders.reporting.paper_table import as_data, paper_markdown
+from ders.reporting.paper_table import STAND_INS, as_data, paper_markdown
 from ders.reporting.published import load_published
 from ders.reporting.record import read_record
 from ders.reporting.tables import Row, markdown, rows_of
@@ -26,9 +27,8 @@ from ders.reporting.verdicts import Verdict, judge, load_claims, verdicts_markdo
 log = logging.getLogger(__name__)
 
 
-def paper_table(name: str, claim: dict[str, Any], rows: list[Row], folder: Path) -> tuple[str, list[dict[str, Any]]]:
+def paper_table(command: str, claim: dict[str, Any], rows: list[Row], folder: Path) -> tuple[str, list[dict[str, Any]]]:
     """The table of a claim that stands beside tables of the paper, and its lines as data; draws its figure."""
-    command = f"python train.py experiments={name}"
     if claim["figure"] == "similarity":
         return markdown(rows, claim["title"], command), []
     lines = lines_of(claim["published"], load_published(), rows)
@@ -79,23 +79,31 @@ def _similarity_folder(folder: Path) -> Path:
 
 
 def smallest_cosines(folder: Path) -> list[float]:
-    """Of each analysed run."""
+    """Of each analysed run that the claim still lists; a mean of experts for a base is nearer to them than any FFN."""
     found = []
     for file in sorted(_similarity_folder(folder).glob("*.json")):
-        matrices = [m for layer in json.loads(file.read_text())["layers"].values() for m in layer.values()]
+        kept = json.loads(file.read_text())
+        if kept["base"] != "parent" or not (folder / file.name).exists():
+            continue
+        matrices = [m for layer in kept["layers"].values() for m in layer.values()]
         found.append(min(cosine for matrix in matrices for row in matrix for cosine in row))
     return found
 
 
 def verdicts_of(claims: dict[str, dict[str, Any]], results: Path) -> list[Verdict]:
     """Verdicts on all of the paper's claims, from every record in the folders of these claims of ours."""
-    named = {name: claim for name, claim in claims.items() if claim["published"]}
-    # A run that several claims list has a copy of its record in each.
-    records = {file.name: file for name in named for file in sorted((results / name).glob("*.json"))}
-    ours = by_key(rows_of([read_record(file) for file in records.values()]))
-    similar = [name for name, claim in named.items() if claim["figure"] == "similarity"]
+    ours = by_key(rows_behind(claims, results))
+    similar = [name for name, claim in claims.items() if claim["figure"] == "similarity"]
     cosines = [cosine for name in similar for cosine in smallest_cosines(results / name)]
     return [judge(claim, load_published(), ours, cosines) for claim in load_claims()]
+
+
+def rows_behind(claims: dict[str, dict[str, Any]], results: Path) -> list[Row]:
+    """Every row of ours in the folders of those claims that repeat tables of the paper."""
+    named = [name for name, claim in claims.items() if claim["published"]]
+    # A run that several claims list has a copy of its record in each.
+    records = {file.name: file for name in named for file in sorted((results / name).glob("*.json"))}
+    return rows_of([read_record(file) for file in records.values()])
 
 
 def on_tables(verdicts: list[Verdict], published: list[str]) -> list[Verdict]:
@@ -103,11 +111,27 @@ def on_tables(verdicts: list[Verdict], published: list[str]) -> list[Verdict]:
     return [verdict for verdict in verdicts if set(verdict.tables) & set(published)]
 
 
-def write_verdicts(verdicts: list[Verdict], file: Path) -> None:
-    """All claims of the paper in one file."""
+def write_verdicts(verdicts: list[Verdict], file: Path, rows: list[Row]) -> None:
+    """All claims of the paper in one file; `rows` are ours, of which those of the paper's models are told of."""
     heading = (
         "# The paper's claims\n\nEach in our words, with what the paper's printed numbers say of it and what our runs "
-        "say. Supported and contradicted need more than the noise; a claim falls with one comparison and stands with "
-        "all.\n`python scripts/tables.py` writes this file from the records."
+        "say. A claim stands with all of its comparisons and falls with one. Supported and contradicted need more than "
+        f"the noise. Of printed scores that is {SINGLE_RUN:g} point where a row is to be better or worse, for they are "
+        "of single runs; where a row may lose up to a margin, the margin allows for it. Of ours it is an interval from "
+        "the spread over seeds; the 5% that it leaves are divided by the number of a claim's comparisons that chance "
+        "may decide (Bonferroni's correction), while sizes are exact.\n\n"
+        f"{_what_was_run(rows)}\n\n`python scripts/tables.py` writes this file from the records."
     )
     file.write_text(verdicts_markdown(verdicts, heading=heading))
+
+
+def _what_was_run(rows: list[Row]) -> str:
+    """Scale and seeds of ours; at scale tiny, what its scores are of."""
+    mine = [row for row in rows if measured_key(row).model in NAMES]
+    if not mine:
+        return "Of ours nothing was run yet."
+    scales = sorted({record["scale"] for row in mine for record in row.records})
+    seeds = sorted({len(row.records) for row in mine})
+    plural = "" if seeds == [1] else "s"
+    told = f"Ours was run at scale {' and '.join(scales)}, with {' or '.join(map(str, seeds))} seed{plural} a row."
+    return f"{told} {STAND_INS}" if "tiny" in scales else told

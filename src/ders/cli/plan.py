@@ -1,6 +1,7 @@
 """`python scripts/plan.py`: what a model will cost, from its shapes on the meta device."""
 
 import json
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -13,10 +14,10 @@ from ders.accounting.memory import STAGES, TrainedParams, activation_bytes, mode
 from ders.cli.app import UserError, check_format, launch
 from ders.cli.plan_models import DTYPES, PlannedModel, PlannedModels
 from ders.cli.plan_table import print_table
-from ders.upcycling import set_trainable
+from ders.upcycling import MOE_TRAINABLE, set_trainable
 
 _WHOLE = {"seed": 0, "gpus": 1, "tokens_per_gpu": 1, "batch": 1, "num_experts": 1, "top_k": 1, "rank": 1, "bits": 1}
-_ABOUT = ("trainable", "dtype", "scale", "gpus", "tokens_per_gpu", "batch", "budget_gib")
+_ABOUT = ("trainable", "train_rest", "dtype", "scale", "gpus", "tokens_per_gpu", "batch", "budget_gib")
 
 
 def main() -> None:
@@ -33,7 +34,7 @@ def run(config: DictConfig) -> None:
 
 
 def plan(config: DictConfig) -> dict[str, Any]:
-    """All numbers as plain data: those of the chosen model at the top, every column under `columns`.
+    """All numbers as plain data: the chosen model's at the top, every column with its model states under `columns`.
 
     `setting` is the dial that `budget_gib` has set.
     """
@@ -58,7 +59,7 @@ def _column(config: DictConfig, planned: PlannedModel, chosen: bool) -> dict[str
     counts = asdict(count_parameters(planned.model))
     states: dict[str, Any] | None = None
     try:
-        counts["trainable_params"] = set_trainable(planned.trained, config.trainable)
+        counts["trainable_params"] = set_trainable(planned.trained, config.trainable, rest=config.train_rest)
         states = _states(TrainedParams.of(planned.trained), config.gpus)
     except ValueError:  # beside the chosen model stand some that this choice is not for
         if chosen:
@@ -95,6 +96,12 @@ def _check(config: DictConfig) -> None:
         value = config.get(dial)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
             raise UserError(f"{dial} must be a number, not negative: got {value!r}")
+    if config.budget_gib is not None and not math.isfinite(config.budget_gib):
+        raise UserError(f"budget_gib must be a finite number: got {config.budget_gib}")
+    if config.trainable not in MOE_TRAINABLE:
+        raise UserError(f"trainable must be one of {', '.join(MOE_TRAINABLE)}: got {config.trainable!r}")
+    if config.method.name == "dense" and config.upcycling is not None:
+        raise UserError("method=dense has no experts: drop upcycling=…, or choose a method that has")
     if config.dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}: got {config.dtype!r}")
     compression = config.get("compression")

@@ -82,6 +82,7 @@ class PlannedModels:
 
     def _within(self, gib: float, full: nn.Module, delta: functools.partial[Delta]) -> functools.partial[Delta]:
         """The delta at the mildest setting whose model fits."""
+        self._upcycled(delta=delta, extended=self.extended)  # a dial out of range is told in the words of the delta
         shape, dtype = Architecture.of(full), DTYPES[self.config.dtype]
 
         def deltas(one: Callable[..., Delta]) -> int:

@@ -16,7 +16,7 @@ _COUNTS = {
     "trainable_params": "trainable",
 }
 _STRATEGIES = {
-    "ddp": "DDP (ZeRO 0)",
+    "ddp": "ZeRO 0, as DDP",
     "zero_1": "ZeRO 1",
     "zero_1_offload": "ZeRO 1, offload",
     "zero_2": "ZeRO 2",
@@ -51,7 +51,7 @@ def print_table(result: dict[str, Any]) -> None:
     table.add_row("[bold]a decoded token")
     row("weights read", lambda column: size(column["decode_bytes_per_token"]))
     row("FLOPs", lambda column: count(column["flops_per_token"]))
-    # A pipe has no width: lines as long as they are.
+    # A pipe has no width: wide enough for four columns.
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
@@ -68,7 +68,8 @@ def _title(result: dict[str, Any]) -> str:
 def _caption(result: dict[str, Any]) -> str:
     return (
         f"scale {result['scale']}, {result['dtype']}, trainable={result['trainable']}, {result['tokens_per_gpu']:,} "
-        f"tokens per GPU, batch {result['batch']}.\nTraining: model states in bf16 with AdamW, activations apart."
+        f"tokens per GPU, batch {result['batch']}.\nTraining: weights in bf16, master weights "
+        "and moments of AdamW in fp32 (DeepSpeed's mixed precision); activations apart."
     )
 
 

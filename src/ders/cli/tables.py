@@ -3,15 +3,16 @@
 import json
 import logging
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import yaml
 from omegaconf import DictConfig
 
-from ders.cli.app import ROOT, SCALES, UserError, launch, to_plain
+from ders.cli.app import ROOT, SCALES, UserError, check_format, launch, to_plain
 from ders.cli.jobs import job_config
-from ders.cli.papers import keep_similarity, on_tables, paper_table, verdicts_of, write_verdicts
+from ders.cli.papers import keep_similarity, on_tables, paper_table, rows_behind, verdicts_of, write_verdicts
 from ders.cli.sweeper import expand
 from ders.reporting.compression import compression_markdown, draw_against_bytes
 from ders.reporting.figures import draw_claim
@@ -28,6 +29,9 @@ def main() -> None:
 
 
 def build_tables(config: DictConfig) -> None:
+    check_format(config.format)
+    if config.readme and config.scale != "tiny":
+        raise UserError("readme=true puts in tables of scale=tiny only")
     if config.scale not in SCALES:
         raise UserError(f"scale must be {' or '.join(SCALES)}: got {config.scale!r}")
     results = ROOT / config.results / ("" if config.scale == "tiny" else config.scale)
@@ -39,15 +43,15 @@ def build_tables(config: DictConfig) -> None:
     built: dict[str, Any] = {}
     for name, claim in claims.items():
         if not rows[name]:
-            log.warning("%s: no records yet. Run: python train.py experiments=%s", name, name)
+            log.warning("%s: no records yet. Run: %s", name, command(name, config))
             continue
         if claim["published"]:
-            table, data = paper_table(name, claim, rows[name], results / name)
+            table, data = paper_table(command(name, config), claim, rows[name], results / name)
             on_these = on_tables(verdicts, claim["published"])
             table += "\n" + verdicts_markdown(on_these, heading="Claims of the paper that rest on these rows:")
             built[name] = {"rows": data, "verdicts": [vars(verdict) for verdict in on_these]}
         else:
-            table = _table(name, claim, rows[name], results)
+            table = _table(name, command(name, config), claim, rows[name], results)
             built[name] = {
                 row.label: percent(row.mean("test/accuracy"), row.spread("test/accuracy")) for row in rows[name]
             }
@@ -55,11 +59,17 @@ def build_tables(config: DictConfig) -> None:
         if config.format == "table":
             print(f"{table}\n{results / name / 'table.md'}, {results / name / 'figure.png'}\n")
     if any(claims[name]["published"] for name in built):
-        write_verdicts(verdicts, results / "claims.md")
+        write_verdicts(verdicts, results / "claims.md", rows_behind(known, results))
     if config.readme:
         update_readme(ROOT / "README.md", results)
     if config.format == "json":
         print(json.dumps(built))
+
+
+def command(name: str, config: DictConfig) -> str:
+    """What makes the runs of a claim."""
+    scale = "" if config.scale == "tiny" else f" scale={config.scale}"
+    return f"python train.py experiments={name}{scale} {config.overrides}".rstrip()
 
 
 def _rows_of_claim(name: str, claim: dict[str, Any], folder: Path, config: DictConfig) -> list[Row]:
@@ -67,19 +77,20 @@ def _rows_of_claim(name: str, claim: dict[str, Any], folder: Path, config: DictC
     runs_here = config.collect and any((ROOT / config.output_dir).glob("*/record.json"))
     if not runs_here and not any(folder.glob("*.json")):  # composing hundreds of jobs takes a while
         return []
-    runs = run_folders(claim, config.output_dir, config.scale)
+    given = [*shlex.split(config.overrides), f"scale={config.scale}", f"output_dir={config.output_dir}"]
+    runs = run_folders(claim, given)
     if config.collect:
-        _collect(name, runs, folder)
+        # At full size a record costs days: one that these overrides do not find is named, never removed.
+        _collect(name, runs, folder, remove=config.scale == "tiny")
         if claim["figure"] == "similarity":
             keep_similarity(runs, folder)
     files = [folder / f"{run.name}.json" for run in runs.values()]
     return rows_of([read_record(file) for file in files if file.exists()])
 
 
-def _table(name: str, claim: dict[str, Any], rows: list[Row], results: Path) -> str:
+def _table(name: str, command: str, claim: dict[str, Any], rows: list[Row], results: Path) -> str:
     """The table of a claim; draws its figure."""
     figure = results / name / "figure.png"
-    command = f"python train.py experiments={name}"
     if claim["figure"] == "stored_bytes":
         others = _rows_in(results / claim["beside"], claim["beside"]) if claim["beside"] else []
         draw_against_bytes([*rows, *others], claim["title"], figure)
@@ -110,24 +121,24 @@ def _rows_in(folder: Path, name: str) -> list[Row]:
     return rows_of(records)
 
 
-def run_folders(claim: dict[str, Any], output_dir: str, scale: str = "tiny") -> dict[str, Path]:
-    """The run folder of each of a claim's runs, by its overrides."""
-    given = [f"scale={scale}", f"output_dir={output_dir}"]
+def run_folders(claim: dict[str, Any], given: list[str]) -> dict[str, Path]:
+    """The run folder of each of a claim's runs, by its overrides; `given` are those that all were started with."""
     return {
-        " ".join(job): run_folder(to_plain(job_config([*job, *given])), ROOT)
-        for job in expand(claim["runs"], common=claim["common"])
+        " ".join(job): run_folder(to_plain(job_config(job)), ROOT)
+        for job in expand(claim["runs"], given, common=claim["common"])
     }
 
 
-def _collect(name: str, runs: dict[str, Path], folder: Path) -> None:
+def _collect(name: str, runs: dict[str, Path], folder: Path, *, remove: bool) -> None:
     """Copy the records of a claim's runs: clean tree and finished only; anything else is named and left.
 
-    Records of runs that the claim no longer lists are removed.
+    Records of runs that the claim no longer lists are removed, or named where they stay.
     """
     for file in folder.glob("*.json"):
         if file.stem not in {run.name for run in runs.values()}:
-            log.warning("%s: %s is of no run of this claim any more: removed", name, file.name)
-            file.unlink()
+            log.warning("%s: %s is of no run of this claim%s", name, file.name, ": removed" if remove else "")
+            if remove:
+                file.unlink()
     for overrides, run in runs.items():
         if not (run / "record.json").exists():
             kept = "; its earlier record stays" if (folder / f"{run.name}.json").exists() else ""

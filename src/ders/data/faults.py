@@ -39,3 +39,9 @@ def listed(faulty: Sequence[FaultyRow]) -> str:
     """The first rows, one a line, and how many more there are."""
     more = f"\n  … and {len(faulty) - _SHOWN} more" if len(faulty) > _SHOWN else ""
     return "".join(f"\n  {row}" for row in faulty[:_SHOWN]) + more
+
+
+def next_step(on_fault: str) -> str:
+    """What to do about rows for which a file was refused, where `on_fault` was this."""
+    skip = "" if on_fault == "skip" else "; the data's on_fault=skip leaves such rows out"
+    return f"python scripts/data.py action=check counts every fault of the data{skip}"

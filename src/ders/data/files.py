@@ -1,13 +1,15 @@
 """Files you have: LLaVA JSON, one file a split or many, and instructions in JSON lines."""
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ders.data.faults import DataError
-from ders.data.prepared import SPLITS, PreparedData
+from ders.data.prepared import EARLIER_SPLITS, SPLITS, PreparedData
 from ders.data.rows import Origin
-from ders.data.source import DataSource, hash_files
+from ders.data.source import DataSource, hash_files, refuse_unknown_splits
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +31,23 @@ class FileSource(DataSource):
         super().__post_init__()
         if self.on_fault not in ("refuse", "skip"):
             raise ValueError(f"{self.dials}.on_fault must be refuse or skip: got {self.on_fault!r}")
+
+    def _prepared(
+        self, files: Mapping[str, Path | Sequence[Path]], images: Path | None, test: str, **more: Any
+    ) -> PreparedData:
+        """The files as they are read; without a test split the log says so, and that the dial `test` sets one."""
+        if "test" not in files:
+            log.warning("no test split: this run will have no score; set %s", test)
+        # Images are not hashed: real sets hold hundreds of gigabytes. Their names are in the JSON.
+        return PreparedData(
+            dict(files),
+            images,
+            hash_files([path for paths in files.values() for path in ([paths] if isinstance(paths, Path) else paths)]),
+            prompts=self.prompts,
+            check_images=self.check_images,
+            on_fault=self.on_fault,
+            **more,
+        )
 
 
 @dataclass(kw_only=True)
@@ -53,15 +72,7 @@ class LlavaFiles(FileSource):
         root = None if self.images is None else Path(self.images)
         if root is not None and not root.is_dir():
             raise DataError(f"{self.dials}.images={root}: no such folder")
-        # Images are not hashed: real sets hold hundreds of gigabytes. Their names are in the JSON.
-        return PreparedData(
-            files,
-            root,
-            hash_files(files.values()),
-            prompts=self.prompts,
-            check_images=self.check_images,
-            on_fault=self.on_fault,
-        )
+        return self._prepared(files, root, f"{self.dials}.test=FILE")
 
 
 @dataclass(kw_only=True)
@@ -74,10 +85,14 @@ class LlavaMix(FileSource):
             come packed: unpack them into a folder and set `images` to that.
         splits: JSON files below the root, by split: `train`, and what there is of `pretrain` and `instruct` (the stages
             before), `val` and `test`. A mapping instead of a list names the benchmark that each file is; the kinds of
-            its questions are then `<name>`, or `<name>_open` and `<name>_closed` where rows have an `answer_type`.
-            A split of which no file is there is left out, and the log says so.
+            its questions are then `<name>`, or `<name>_open` and `<name>_closed` where rows have an `answer_type` and
+            no `answers` of several people. A file that is named must be there; but for those of `pretrain` and
+            `instruct`, which a parent that you have does without: such a split is left out, and the log says so.
         images: the folder of the images, relative to the root or absolute; None for text-only data.
         image_folders: of the splits whose image paths start in a folder below `images`.
+
+    Raises:
+        ValueError: a split is unknown.
     """
 
     root: str | None = None
@@ -87,21 +102,28 @@ class LlavaMix(FileSource):
     images: str | None = "."
     image_folders: dict[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse_unknown_splits("splits", self.splits)
+        refuse_unknown_splits("image_folders", self.image_folders)
+
     def prepare(self, cache: Path) -> PreparedData:
         root = self._root(cache)
         files: dict[str, list[Path]] = {}
         origins: dict[tuple[str, Path], Origin] = {}
+        missing: dict[str, str] = {}
         for split, named in self.splits.items():
             paths = [root / name for name in _file_names(named)]
             if not paths:
                 continue
-            missing = [path for path in paths if not path.is_file()]
-            if len(missing) == len(paths) and split != "train":
-                log.warning("there is no %s split: %s is not there", split, missing[0])
-                continue
-            if missing:
+            if (absent := next((path for path in paths if not path.is_file()), None)) is not None:
                 dial = f"{self.dials}.splits.{split}"
-                raise DataError(f"{missing[0]}: no such file. {dial} names it below {self.dials}.root={root}")
+                told = f"{absent}: no such file. {dial} names it below {root}"
+                if split not in EARLIER_SPLITS:
+                    raise DataError(told if split == "train" else f"{told}; {dial}=null leaves the split out")
+                log.warning("the %s split is left out: %s", split, told)
+                missing[split] = told
+                continue
             files[split] = paths
             folder = self.image_folders.get(split, "")
             names = named if isinstance(named, dict) else [None] * len(paths)
@@ -111,16 +133,8 @@ class LlavaMix(FileSource):
         images = None if self.images is None else root / self.images
         if images is not None and not images.is_dir():
             raise DataError(f"{self.dials}.images={images}: no such folder")
-        everything = [path for paths in files.values() for path in paths]
-        return PreparedData(
-            files,
-            images,
-            hash_files(everything),
-            prompts=self.prompts,
-            check_images=self.check_images,
-            on_fault=self.on_fault,
-            origins=origins,
-        )
+        test = f"{self.dials}.splits.test={{BENCHMARK: FILE}}"
+        return self._prepared(files, images, test, origins=origins, missing=missing)
 
     def _root(self, cache: Path) -> Path:
         if self.root is not None:

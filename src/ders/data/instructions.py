@@ -60,7 +60,8 @@ class InstructionFiles(FileSource):
                     fetched = _load(str(self.repo), cache, revision=self.revision)
                     write_rows(unfinished / "train.json", _rows(fetched, str(self.repo)))
         files: dict[str, Any] = {file.stem: file for file in sorted(folder.glob("*.json"))}
-        return PreparedData(files, None, hash_files(files.values()), prompts=self.prompts, on_fault=self.on_fault)
+        # No configuration has the key: hence the plus.
+        return self._prepared(files, None, f"+{self.dials}.test=FILE")
 
 
 def _load(name: str, cache: Path, **options: Any) -> Dataset:

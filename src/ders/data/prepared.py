@@ -1,5 +1,6 @@
 """Data on disk, ready to be read."""
 
+import dataclasses
 import functools
 import json
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,8 @@ from ders.data.faults import DataError
 from ders.data.rows import Origin, read_rows
 
 SPLITS = ("train", "val", "test")
+# Of the stages before the third, whose work a parent that you have (`parent=DIR`) has behind it.
+EARLIER_SPLITS = ("pretrain", "instruct")
 
 
 @functools.lru_cache(maxsize=16)
@@ -36,6 +39,7 @@ class PreparedData:
         prompts: names of the prompts that this data is put in.
         check_images, on_fault: as `read_rows` takes them.
         origins: by split and file, where rows do not say all of themselves.
+        missing: by split that is named but not there, what to say to who asks for it.
     """
 
     files: dict[str, Path | Sequence[Path]]
@@ -47,6 +51,7 @@ class PreparedData:
     check_images: bool = True
     on_fault: str = "refuse"
     origins: dict[tuple[str, Path], Origin] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
 
     def paths(self, split: str) -> list[Path]:
         """The files of a split.
@@ -54,6 +59,8 @@ class PreparedData:
         Raises:
             DataError: there is no such split.
         """
+        if split in self.missing:
+            raise DataError(f"there is no {split} split: {self.missing[split]}")
         if split not in self.files:
             raise DataError(f"this data has no {split} split: it has {', '.join(self.files)}")
         files = self.files[split]
@@ -80,6 +87,18 @@ class PreparedData:
             for file in self.paths(name)
         ]
         return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
+
+    def readable(self, name: str) -> Dataset:
+        """Those rows of a split that can be used, its images unread: for what needs only the words.
+
+        Raises:
+            DataError: there is no such split, or not one row of it can be used.
+        """
+        try:
+            # First as training reads it, where that reads no images either: it may be in memory.
+            return dataclasses.replace(self, check_images=False).split(name)
+        except DataError:
+            return dataclasses.replace(self, check_images=False, on_fault="skip").split(name)
 
     def image_labels(self, split: str) -> dict[str, list[int]]:
         """Class ids by image path: one per image, or one per patch in reading order."""

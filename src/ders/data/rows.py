@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset, Features, Value
 from datasets import List as Column
 
-from ders.data.faults import DataError, FaultyRow, RowError, listed
+from ders.data.faults import DataError, FaultyRow, RowError, listed, next_step
 from ders.data.images import inspect_image
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class Origin:
 
     Attributes:
         benchmark: of which benchmark these questions are; their kind is then its name, with `_open` or `_closed` where
-            rows have an `answer_type`.
+            rows have an `answer_type` and no `answers` of several people.
         folder: below the image root, where this file's image paths start.
     """
 
@@ -63,7 +63,7 @@ def read_rows(
     Columns of the result: `id`, `image` (path below the image root, or None), `questions`, `answers`, `kinds` and
     `annotations` (one entry per turn each). A row may name a kind per turn in `kinds`, written `like_this`, or its
     `answer_type`; else yes/no answers are `closed`, others `open`. `annotations` are the answers of several people to
-    one question, which VQA v2 and VizWiz give as `answers`; mostly there are none.
+    one question, which VQA v2 and VizWiz give as `answers`: where there are any, `answer_type` names no kind.
 
     Args:
         check_images: decode every image. False: they are taken to be there, for reading hundreds of thousands takes
@@ -82,12 +82,12 @@ def read_rows(
             checked[image] = inspect_image(image, image_root)[0]
         return checked[image]
 
-    needs_check = check_images or image_root is None
-    rows, faulty = sift(raw, origin, image_fault if needs_check else lambda _: None)
-    if faulty and (on_fault == "refuse" or not rows):
-        raise DataError(f"{file}: {len(faulty)} of {len(raw)} rows cannot be used:{listed(faulty)}")
+    rows, faulty = sift(raw, origin, image_fault if check_images or image_root is None else lambda _: None)
     if faulty:
-        log.warning("%s: %d of %d rows cannot be used and are skipped:%s", file, len(faulty), len(raw), listed(faulty))
+        told = f"{file}: {len(faulty)} of {len(raw)} rows cannot be used"
+        if on_fault == "refuse" or not rows:
+            raise DataError(f"{told}:{listed(faulty)}\n{next_step(on_fault)}")
+        log.warning("%s and are skipped:%s", told, listed(faulty))
     return Dataset.from_list(rows, features=_FEATURES)
 
 
@@ -180,8 +180,8 @@ def _kinds(entry: dict[str, Any], answers: list[str], benchmark: str | None) -> 
         if len(kinds) != len(answers) or not all(kinds):
             raise RowError("kinds", "`kinds` must hold one kind per turn, of letters and digits")
         return kinds
-    if (told := entry.get("answer_type")) is not None:
-        if (kind := _ANSWER_TYPES.get(str(told).lower())) is None:
+    if (told := entry.get("answer_type")) is not None and entry.get("answers") is None:
+        if (kind := _ANSWER_TYPES.get(str(told).strip().lower())) is None:
             raise RowError("answer_type", f"unknown answer_type {told!r}: it must be OPEN or CLOSED")
         return [kind if benchmark is None else f"{benchmark}_{kind}"] * len(answers)
     if benchmark is not None:

@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from filelock import FileLock
 
 from ders.data.conversation import Encoder, named_prompt
-from ders.data.prepared import SPLITS, PreparedData
+from ders.data.prepared import EARLIER_SPLITS, SPLITS, PreparedData
 from ders.data.scores import SCORERS
 
 
@@ -33,7 +33,7 @@ class DataSource:
             the beginning of kinds (`vqa_rad`); the longest that fits counts.
 
     Raises:
-        ValueError: there is no such prompt or scorer, or max_length is no length.
+        ValueError: there is no such prompt, scorer or split, or max_length is no length.
     """
 
     image_size: int | None = None
@@ -51,6 +51,7 @@ class DataSource:
     def __post_init__(self) -> None:
         for prompt in self.prompts:
             named_prompt(prompt)
+        refuse_unknown_splits("split_prompts", self.split_prompts)
         for scorer in self.scorers.values():
             if scorer not in SCORERS:
                 raise ValueError(f"{self.dials}.scorers must name {', '.join(SCORERS)}: got {scorer!r}")
@@ -70,6 +71,18 @@ class DataSource:
     def prepare(self, cache: Path) -> PreparedData:
         """The files of this source, written below `cache` first if need be."""
         raise NotImplementedError
+
+
+def refuse_unknown_splits(dial: str, named: Iterable[str]) -> None:
+    """Names of splits that no data has would be silently without effect.
+
+    Raises:
+        ValueError: `dial` names a split that no data has.
+    """
+    known = (*SPLITS, *EARLIER_SPLITS)
+    for split in named:
+        if split not in known:
+            raise ValueError(f"{dial} of the data names an unknown split {split!r}: choose from {', '.join(known)}")
 
 
 # How the data is read and asked changes no file.

@@ -37,7 +37,7 @@ def score(bundle: ModelBundle, source: DataSource, prepared: PreparedData, split
         PixelReader(prepared.image_root, bundle.pixel_reader),
     )
     collate = functools.partial(collate_questions, pad_id=bundle.tokenizer.pad_token_id)
-    prior = MajorityPrior(prepared.split("train"))
+    prior = MajorityPrior(prepared.readable("train"), (item["question"] for item in questions.items))
     device = next(bundle.model.parameters()).device
     items: list[dict[str, Any]] = []
     batches = DataLoader(questions, batch_size=source.eval_batch_size, collate_fn=collate)
@@ -47,7 +47,8 @@ def score(bundle: ModelBundle, source: DataSource, prepared: PreparedData, split
             key: value.to(device, bundle.model.dtype if value.is_floating_point() else None)
             for key, value in batch["inputs"].items()
         }
-        # A router that draws its second choice with noise does so here too: a model's scores are always the same draw.
+        # A router that draws its second choice with noise does so here too. The draw is the same each time for one
+        # eval_batch_size on one kind of device, and another for others.
         torch.manual_seed(stable_hash("scoring", len(items)))
         answers = generate_answers(bundle.model, bundle.tokenizer, inputs, source.max_answer_tokens)
         take_routings(bundle.model)

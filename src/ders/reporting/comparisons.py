@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from statistics import mean
 from typing import Any
 
 from ders.reporting.paper import (
@@ -10,6 +9,7 @@ from ders.reporting.paper import (
     Key,
     Printed,
     Published,
+    by_seed,
     one_question,
     paired,
     printed_key,
@@ -18,9 +18,12 @@ from ders.reporting.paper import (
 )
 from ders.reporting.tables import Row
 
-# Two-sided 95% quantiles of Student's t by degrees of freedom; more are taken as ten.
-_T95 = (math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 _FACTORS = {"B": 1e9, "M": 1e6, "G": 1e9}
+# Fields of a record by the quantity; what is printed and not here, our runs do not measure.
+_MEASURED = {"model_size": "total_params", "training_memory": "peak_gib", "layer_size": "added_params_paper"}
+_COUNTED = ("model_size", "layer_size")
+# Points by which two single runs of one configuration may differ: the paper repeats none, so this is ours.
+SINGLE_RUN = 1.0
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,9 @@ class Comparison:
 
     Attributes:
         printed: difference of the printed values, None where the paper prints none; of a quantity, percent saved.
-        grain: what one question and the rounding of the printed cells are worth.
-        ours: our differences, one per seed; empty where one of the rows was not run.
+        printed_noise: how far the printed difference may be off. Where a row is to be better or worse, what single
+            runs differ by; where it may lose up to the margin, which allows for that, one question and the rounding.
+        ours: our differences, one per seed; empty where one of the rows was not run or has no score.
         question: what one question of our test is worth.
     """
 
@@ -39,9 +43,19 @@ class Comparison:
     margin: float
     quantity: str | None
     printed: float | None
-    grain: float
+    printed_noise: float
     ours: list[float]
     question: float
+
+    @property
+    def exact(self) -> bool:
+        """Counted, not measured: the same for every seed."""
+        return self.quantity in _COUNTED
+
+    @property
+    def measurable(self) -> bool:
+        """Whether records of ours can say anything on it."""
+        return self.quantity is None or self.quantity in _MEASURED
 
 
 def comparisons_of(claim: dict[str, Any], published: Published, ours: dict[Key, Row]) -> list[Comparison]:
@@ -62,7 +76,7 @@ def _matching(rows: list[tuple[str, Printed]], selector: dict[str, Any]) -> list
     """One row per experiment, though several tables print it."""
     found = {}
     for table, row in rows:
-        described = {"frozen_base": False, **row}
+        described = {"frozen_base": False, "extended": False, **row}
         if all(described.get(key) == value for key, value in selector.items()):
             found.setdefault(printed_key(row), (table, row))
     return list(found.values())
@@ -86,6 +100,7 @@ def _compare(
         return Comparison(what, spec["expect"], spec["margin"], quantity, printed, 0.0, values, 0.0)
     printed = printed_score(row[1]) - printed_score(other[1])
     grain = max(_grain(row[1], published), _grain(other[1], published))
+    noise = grain if spec["expect"] == "not_worse" else max(grain, SINGLE_RUN)
     differences = paired(mine, its) if mine and its else []
     if spec.get("drop"):
         what = f"{what.split(' against')[0]} against {NAMES[b.model or '']}, each less its own vanilla"
@@ -93,13 +108,14 @@ def _compare(
         printed -= (printed_score(own) if own else math.nan) - (printed_score(others) if others else math.nan)
         differences = _drops(mine, its, ours.get(Key(a.model, "vanilla")), ours.get(Key(b.model, "vanilla")))
     question = max(one_question(mine), one_question(its)) if mine and its else math.nan
-    return Comparison(what, spec["expect"], spec["margin"], None, printed, grain, differences, question)
+    return Comparison(what, spec["expect"], spec["margin"], None, printed, noise, differences, question)
 
 
 def _drops(mine: Row | None, its: Row | None, vanilla: Row | None, others: Row | None) -> list[float]:
     if not (mine and its and vanilla and others):
         return []
-    return [a - b for a, b in zip(paired(mine, vanilla), paired(its, others), strict=False)]
+    a, b = by_seed(mine, vanilla), by_seed(its, others)
+    return [a[seed] - b[seed] for seed in a if seed in b]
 
 
 def _grain(row: Printed, published: Published) -> float:
@@ -132,10 +148,9 @@ def _saved(quantity: str, value: float | None, against: float | None, num_expert
 
 def _quantities_saved(quantity: str, mine: Row, its: Row) -> list[float]:
     """Seed by seed; empty for what runs do not measure."""
-    measured = {"model_size": "total_params", "training_memory": "peak_gib", "layer_size": "added_params_paper"}
-    if quantity not in measured:
+    if quantity not in _MEASURED:
         return []
-    name = measured[quantity]
+    name = _MEASURED[quantity]
     others = {record["seed"]: record for record in its.records}
     saved = []
     for record in mine.records:
@@ -143,24 +158,3 @@ def _quantities_saved(quantity: str, mine: Row, its: Row) -> list[float]:
             other = others[record["seed"]]
             saved.append(_saved(quantity, record[name], other[name], other["config"].get("num_experts", 4)))
     return [value for value in saved if value is not None]
-
-
-def noise_of(comparisons: list[Comparison]) -> list[float]:
-    """How far each comparison's mean may be off: half a 95% interval from the spread over seeds, at least one question.
-
-    The spread is pooled over the score comparisons, for that of two or three seeds alone says little; they share
-    vanilla runs, so that it is rather too small. NaN where nothing was run twice.
-    """
-    pooled = [c for c in comparisons if c.quantity is None and len(c.ours) > 1]
-    return [
-        max(_interval(len(c.ours), pooled), c.question) if c.quantity is None else _interval(len(c.ours), [c])
-        for c in comparisons
-    ]
-
-
-def _interval(seeds: int, pool: list[Comparison]) -> float:
-    freedom = sum(len(c.ours) - 1 for c in pool)
-    if freedom < 1 or not seeds:
-        return math.nan
-    squares = sum((value - mean(c.ours)) ** 2 for c in pool for value in c.ours)
-    return _T95[min(freedom, len(_T95) - 1)] * math.sqrt(squares / freedom / seeds)

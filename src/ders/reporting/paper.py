@@ -76,15 +76,20 @@ def scores(row: Row) -> dict[int, float]:
 
 def one_question(row: Row) -> float:
     """What one question of the test is worth; NaN where nothing was scored."""
-    metrics = row.records[0]["metrics"]
-    metric = metrics.get("test/score") or metrics.get("test/accuracy")
-    return 100 / metric["count"] if metric else math.nan
+    metrics = [record["metrics"] for record in row.records]
+    counts = [m["count"] for found in metrics if (m := found.get("test/score") or found.get("test/accuracy"))]
+    return 100 / counts[0] if counts else math.nan
+
+
+def by_seed(row: Row, other: Row) -> dict[int, float]:
+    """Differences of scores by seed, over the seeds that both have: what two runs of a seed share cancels."""
+    a, b = scores(row), scores(other)
+    return {seed: a[seed] - b[seed] for seed in a if seed in b}
 
 
 def paired(row: Row, other: Row) -> list[float]:
-    """Differences seed by seed, over the seeds that both have: what two runs of a seed share cancels."""
-    a, b = scores(row), scores(other)
-    return [a[seed] - b[seed] for seed in a if seed in b]
+    """`by_seed` without the seeds."""
+    return list(by_seed(row, other).values())
 
 
 def spread(values: list[float]) -> float:

@@ -47,8 +47,7 @@ def draw_scores(lines: list[Line], title: str, file: Path) -> Path:
             for place, line in enumerate(rows):
                 if line.printed:
                     left.plot(printed_score(line.printed), place, "D", color="C1", markersize=7)
-                if line.ours:
-                    values = list(scores(line.ours).values())
+                if line.ours and (values := list(scores(line.ours).values())):
                     right.plot(values, [place] * len(values), "o", color="C0", alpha=0.6, zorder=3)
                     right.plot([mean(values)] * 2, [place - 0.3, place + 0.3], color="C1", linewidth=2.5)
             _references(right, mine)
@@ -82,8 +81,8 @@ def _references(axis: plt.Axes, lines: list[Line]) -> None:
     """Lines across a panel: controls without experts, without deltas, and without any training or picture."""
     low, high = axis.get_xlim()
     for line in lines:
-        if not _is_row(line) and line.ours:
-            value, style = mean(scores(line.ours).values()), _STYLES[line.key.method]
+        if not _is_row(line) and line.ours and (values := scores(line.ours).values()):
+            value, style = mean(values), _STYLES[line.key.method]
             if low - _NEAR < value < high + _NEAR:
                 axis.axvline(value, color="0.3", linestyle=style, linewidth=1.2, zorder=1)
             axis.plot([], [], style, color="0.3", label=f"{line.key.label}: {value:.1f}")

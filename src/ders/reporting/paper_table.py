@@ -12,6 +12,11 @@ _CONTROLS = {
     "dense": "dense, the same training",
     "base_only": "no deltas: every expert is the base",
 }
+STAND_INS = (
+    "At scale tiny the models and the data are small stand-ins: our scores are of another task than the paper's, and "
+    "only differences between methods can be compared."
+)
+_COMPRESSED = ("sparsify", "quantize")
 _REFERENCES = {"dense parent, before this stage": "parent", "question-only prior": "prior"}
 
 
@@ -28,8 +33,10 @@ def paper_markdown(lines: list[Line], published: Published, formula: Formula, ti
         table += cells
     parts = [caption(lines, title, command), pipes(table)]
     if any(line.printed and "cost" in line.printed for line in lines):
-        parts.append(pipes(cost_table(lines)))
+        parts += [pipes(cost_table(lines)), _COST_NOTE]
     parts.append(counted(lines, published, formula))
+    if any(line.ours and line.key.method in _COMPRESSED for line in lines):
+        parts.append(_COMPRESSED_NOTE)
     if notes.texts:
         parts.append("\n".join(f"- <sup>{number}</sup> {text}" for number, text in enumerate(notes.texts.values(), 1)))
     return "\n\n".join(parts) + "\n"
@@ -43,14 +50,12 @@ def caption(lines: list[Line], title: str, command: str) -> str:
     commits = sorted({str(record["commit"])[:10] for record in records})
     text = (
         f"**{title}.** Scores in percent; ours at scale {', '.join(scales)}, mean ± standard deviation over "
-        f"{' or '.join(map(str, seeds))} seeds, differences to vanilla in points, seed by seed; – is not run.\n"
+        f"{' or '.join(map(str, seeds))} seeds, differences to vanilla in points, seed by seed; – is not run or not "
+        f"scored.\n"
         f"`{command}`, commit {', '.join(commits)}."
     )
     if "tiny" in scales:
-        text += (
-            "\nAt scale tiny the models and the data are small stand-ins: our scores are of another task than the "
-            "paper's, and only differences between methods can be compared."
-        )
+        text += f"\n{STAND_INS}"
     return text
 
 
@@ -65,8 +70,9 @@ def _cells(line: Line, formula: Formula, notes: Notes) -> list[str]:
             "" if line.printed_less_vanilla is None else f"{round(line.printed_less_vanilla, 1) + 0:+.1f}",
             _added(formula(row)),
         ]
+    none = "" if line.key.method == "vanilla" else "–"
     if ours is None:
-        return ["", label, *printed, "–", "–", "–" if line.key.method != "vanilla" else "", "–"]
+        return ["", label, *printed, "–", "–", none, "–"]
     values = list(scores(ours).values())
     parted = bool(row) and isinstance((row or {}).get("added_params"), dict)
     return [
@@ -74,8 +80,8 @@ def _cells(line: Line, formula: Formula, notes: Notes) -> list[str]:
         label,
         *printed,
         measured_added(ours.records[0], parted=parted),
-        points(values, sign=False),
-        points(line.less_vanilla),
+        points(values, sign=False) or "–",
+        points(line.less_vanilla) or none,
         str(len(ours.records)),
     ]
 
@@ -121,7 +127,7 @@ def reference(metrics: dict[str, Any], kind: str) -> float | None:
 
 
 def cost_table(lines: list[Line]) -> list[list[str]]:
-    """Sizes and memory: as printed, and as our runs counted and measured them. Memory is of the training process."""
+    """Sizes and memory: as printed, and as our runs counted and measured them."""
     header = ["", "", "printed: size", "training", "inference", "ours: parameters", "stored", "peak memory"]
     table = [header, ["---", "---", *["---:"] * (len(header) - 2)]]
     for line in lines:
@@ -137,6 +143,14 @@ def cost_table(lines: list[Line]) -> list[list[str]]:
 
 
 _COSTS = ("model_size", "training_memory", "inference_memory")
+_COST_NOTE = (
+    "Peak memory is that of the training process, read right after the fit: on an accelerator what was allocated "
+    "there, on a CPU the resident size of the whole process, libraries included. Inference memory is not measured."
+)
+_COMPRESSED_NOTE = (
+    "Ours counts routers and the biases of the experts among the added parameters of sparsify and quantize rows; the "
+    "paper's tables of compression count the deltas alone."
+)
 
 
 def as_data(line: Line, formula: Formula) -> dict[str, Any]:

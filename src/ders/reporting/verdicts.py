@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from ders.reporting.comparisons import Comparison, comparisons_of, noise_of
+from ders.reporting.comparisons import Comparison, comparisons_of
+from ders.reporting.noise import noise_of
 from ders.reporting.paper import Key, Published
 from ders.reporting.tables import Row
 
@@ -68,38 +69,63 @@ def word(comparison: Comparison, difference: float, noise: float) -> str:
 
 
 def _judge_printed(comparisons: list[Comparison]) -> tuple[str, str]:
-    judged = []
+    judged, lower = [], []
     for comparison in comparisons:
         if comparison.printed is not None:
-            found = word(comparison, comparison.printed, comparison.grain)
+            found = word(comparison, comparison.printed, comparison.printed_noise)
             judged.append((found, f"{comparison.what} {_value(comparison, comparison.printed)}"))
-    counts = all(comparison.quantity for comparison in comparisons)
-    basis = "from the printed digits" if counts else "single runs, so how much is chance the paper cannot say"
+            if comparison.expect == "not_worse" and found == SUPPORTED and round(comparison.printed, 1) < 0:
+                lower.append(comparison.what)
+    basis = ["From the printed digits."]
+    if not all(comparison.quantity for comparison in comparisons):
+        basis = ["Single runs, so how much is chance the paper cannot say."]
+    if lower:
+        basis.append(f"Lower, though within the margin: {'; '.join(lower)}.")
     return _together(judged, len(comparisons), basis)
 
 
 def _judge_measured(comparisons: list[Comparison]) -> tuple[str, str]:
+    tested = [comparison for comparison in comparisons if comparison.measurable]
     judged = []
-    for comparison, noise in zip(comparisons, noise_of(comparisons), strict=True):
+    for comparison, noise in zip(tested, noise_of(tested), strict=True):
         if comparison.ours:
             middle = mean(comparison.ours)
-            give = "noise unknown from one seed" if math.isnan(noise) else f"± {noise:.2f}"
+            give = f"± {noise:.2f}"
+            if comparison.exact:
+                give = "exactly"
+            elif math.isnan(noise):
+                give = "noise unknown from one seed"
             judged.append((word(comparison, middle, noise), f"{comparison.what} {_value(comparison, middle)} {give}"))
-    seeds = sorted({len(c.ours) for c in comparisons if c.ours})
-    questions = [c.question for c in comparisons if c.ours and c.quantity is None]
-    basis = f"± is half a 95% interval from the spread over {' or '.join(map(str, seeds))} seeds"
+    basis = _basis([comparison for comparison in tested if comparison.ours and not comparison.exact])
+    for comparison in comparisons:
+        if comparison.quantity and not comparison.measurable:
+            basis.append(_sentence(f"{comparison.quantity.replace('_', ' ')} is not measured by our runs"))
+    return _together(judged, len(tested), list(dict.fromkeys(basis)))
+
+
+def _basis(by_chance: list[Comparison]) -> list[str]:
+    """What the intervals of comparisons of ours rest on."""
+    if not by_chance:
+        return []
+    seeds = sorted({len(comparison.ours) for comparison in by_chance})
+    questions = [comparison.question for comparison in by_chance if comparison.quantity is None]
+    text = f"± is half an interval from the spread over {' or '.join(map(str, seeds))} seeds"
+    if len(by_chance) > 1:
+        text += f", 95% for all {len(by_chance)} together"
+    else:
+        text += ", 95%"
     if questions:
-        basis += f", at least one question ({max(questions):.2f} points)"
-    if seeds and max(seeds) < 3:
-        basis += "; so few seeds leave wide intervals"
-    return _together(judged, len(comparisons), basis)
+        text += f", at least one question ({max(questions):.2f} points)"
+    if max(seeds) < 3:
+        text += "; so few seeds leave wide intervals"
+    return [f"{text}."]
 
 
-def _together(judged: list[tuple[str, str]], total: int, basis: str) -> tuple[str, str]:
+def _together(judged: list[tuple[str, str]], total: int, basis: list[str]) -> tuple[str, str]:
     """One word for all comparisons: a claim stands with all of them, and falls with one."""
     words = [found for found, _ in judged]
     if not words:
-        return NOT_RUN, "no comparison has both its rows"
+        return NOT_RUN, " ".join(["No comparison has both its rows with a score or a count.", *basis])
     counts = [f"{words.count(w)} {w}" for w in (SUPPORTED, CONTRADICTED, UNDECIDED) if w in words]
     counts += [f"{total - len(words)} {NOT_RUN}"] if len(words) < total else []
     whole = UNDECIDED
@@ -108,7 +134,7 @@ def _together(judged: list[tuple[str, str]], total: int, basis: str) -> tuple[st
     elif words == [SUPPORTED] * total:
         whole = SUPPORTED
     details = "; ".join(f"{text} ({found})" if len(set(words)) > 1 else text for found, text in judged)
-    return whole, f"{', '.join(counts)} of {total}: {details}. {basis[0].upper()}{basis[1:]}."
+    return whole, " ".join([f"{', '.join(counts)} of {total}: {details}.", *basis])
 
 
 def _judge_cosines(claim: dict[str, Any], cosines: list[float]) -> tuple[str, str]:

@@ -63,6 +63,16 @@ class StageModule(lightning.LightningModule):
         # Lightning logs a step's row after the callbacks that save: a process killed in between would lose it.
         row = {key: float(value) for key, value in self.trainer.callback_metrics.items() if key.startswith("train/")}
         checkpoint["ders_last_row"] = row
+        checkpoint["ders_accumulate"] = self.trainer.accumulate_grad_batches
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # Lightning counts micro-batches through: another number of them would mix two steps' rows from here on.
+        before, now = checkpoint["ders_accumulate"], self.trainer.accumulate_grad_batches
+        if before != now:
+            raise ValueError(
+                f"the checkpoint was written with {before} micro-batches a step, and on these devices there are {now}: "
+                "continue on as many devices as before, or set device_batch_size so that their number is the same"
+            )
 
     def refuse_non_finite(self, loss: Tensor) -> None:
         # All processes stop together: one that stopped alone would leave the others waiting.

@@ -11,10 +11,11 @@ from ders.upcycling.surgery import (
     delta_maker,
     upcycle,
 )
-from ders.upcycling.trainable import TRAINABLE, set_trainable
+from ders.upcycling.trainable import MOE_TRAINABLE, TRAINABLE, set_trainable
 
 __all__ = [
     "FAMILIES",
+    "MOE_TRAINABLE",
     "TRAINABLE",
     "Certificate",
     "Family",

@@ -22,6 +22,9 @@ TRAINABLE: dict[str, set[str]] = {
     "all": set(ROLES) - {"tower", "frozen"},
 }
 
+# What an MoE stage may train; the other rows are for the stages before it.
+MOE_TRAINABLE = ("paper", "frozen_shared", "adapter", "all")
+
 
 def roles(model: nn.Module) -> dict[str, str]:
     """The role of every parameter, by name."""
