@@ -67,10 +67,13 @@ def test_a_claim_beside_the_paper(published: Path, monkeypatch: pytest.MonkeyPat
     assert "| 0.81B + 325M | 61.0 | +0.8 | 0.81B + 325M | 500 + 1,192 | 50.5 ± 0.7 | +10.00 ± 0.00 | 2 |" in table
     assert "*ders_sm sparsity 0.9 frozen base*" in table
     assert "Added parameters: 5 of 6 cells as printed, 1 misprint listed." in table
-    assert "DeRS upcycling beats vanilla on code." in table
-    assert "  - ours: **supported**. 2 supported of 2" in table
+    verdicts = (published / "table_3" / "verdicts.md").read_text()
+    assert "DeRS upcycling beats vanilla on code." in verdicts
+    assert "  - ours: **supported**. 2 supported of 2" in verdicts
     assert (published / "table_3" / "figure.png").exists()
-    assert table in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert table in printed
+    assert verdicts in printed
     everything = (published / "claims.md").read_text()
     assert everything.count("  - ours: **") == len(load_claims())
     assert "  - ours: **supported**. 2 supported of 2" in everything

@@ -45,10 +45,12 @@ def build_tables(config: DictConfig) -> None:
         if not rows[name]:
             log.warning("%s: no records yet. Run: %s", name, command(name, config))
             continue
+        text = ""
         if claim["published"]:
             table, data = paper_table(command(name, config), claim, rows[name], results / name)
             on_these = on_tables(verdicts, claim["published"])
-            table += "\n" + verdicts_markdown(on_these, heading="Claims of the paper that rest on these rows:")
+            text = verdicts_markdown(on_these, heading="Claims of the paper that rest on these rows:")
+            (results / name / "verdicts.md").write_text(text)
             built[name] = {"rows": data, "verdicts": [vars(verdict) for verdict in on_these]}
         else:
             table = _table(name, command(name, config), claim, rows[name], results)
@@ -57,7 +59,7 @@ def build_tables(config: DictConfig) -> None:
             }
         (results / name / "table.md").write_text(table)
         if config.format == "table":
-            print(f"{table}\n{results / name / 'table.md'}, {results / name / 'figure.png'}\n")
+            print(f"{table}\n{text}{results / name / 'table.md'}, {results / name / 'figure.png'}\n")
     if any(claims[name]["published"] for name in built):
         write_verdicts(verdicts, results / "claims.md", rows_behind(known, results))
     if config.readme:
@@ -122,9 +124,9 @@ def _rows_in(folder: Path, name: str) -> list[Row]:
 
 
 def run_folders(claim: dict[str, Any], given: list[str]) -> dict[str, Path]:
-    """The run folder of each of a claim's runs, by its overrides; `given` are those that all were started with."""
+    """The run folder of each of a claim's runs, by its own overrides; `given` are those that all were started with."""
     return {
-        " ".join(job): run_folder(to_plain(job_config(job)), ROOT)
+        " ".join(job[len(given) :]): run_folder(to_plain(job_config(job)), ROOT)
         for job in expand(claim["runs"], given, common=claim["common"])
     }
 
