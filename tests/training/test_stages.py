@@ -94,11 +94,13 @@ def test_a_non_finite_loss_stops_the_run(run_job: Callable[..., Path], outputs: 
 def test_ruined_weights_never_replace_a_good_checkpoint(llava_model: Any) -> None:
     module = language_module(llava_model)
     module._trainer = SimpleNamespace(
-        callback_metrics={"train/loss": torch.tensor(0.5), "val/accuracy": 1.0}, global_step=3
+        callback_metrics={"train/loss": torch.tensor(0.5), "val/accuracy": 1.0},
+        global_step=3,
+        accumulate_grad_batches=2,
     )
     checkpoint: dict[str, Any] = {}
     module.on_save_checkpoint(checkpoint)
-    assert checkpoint == {"ders_identity": {}, "ders_last_row": {"train/loss": 0.5}}
+    assert checkpoint == {"ders_identity": {}, "ders_last_row": {"train/loss": 0.5}, "ders_accumulate": 2}
     llava_model.model.lm_head.weight.data[0, 0] = float("nan")
     with pytest.raises(
         NonFiniteLossError, match=r"1 weights are not finite, among them model\.lm_head\.weight: not saved"
