@@ -43,20 +43,6 @@ def _interval(seeds: int, pool: list[Comparison], level: float) -> float:
 @functools.cache
 def t_quantile(level: float, freedom: int) -> float:
     """What a t of so many degrees of freedom exceeds in size with probability `level`."""
-    low, high = 0.0, math.pi / 2  # of the angle whose tangent is t / sqrt(freedom)
-    for _ in range(60):
-        angle = (low + high) / 2
-        low, high = (angle, high) if 1 - _within(angle, freedom) > level else (low, angle)
-    return math.tan(low) * math.sqrt(freedom)
+    from scipy.stats import t  # slow to import, and needed for verdicts only
 
-
-def _within(angle: float, freedom: int) -> float:
-    """Probability of a t between plus and minus tan(angle) sqrt(freedom): Abramowitz and Stegun 26.7.3 and 26.7.4."""
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = freedom % 2
-    term = cosine if odd else 1.0
-    total = 0.0
-    for power in range(odd, freedom - 1, 2):  # terms in cosine to the power
-        total += term
-        term *= cosine**2 * (power + 1) / (power + 2)
-    return (angle + sine * total) * 2 / math.pi if odd else sine * total
+    return float(t.isf(level / 2, freedom))
