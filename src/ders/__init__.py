@@ -10,7 +10,7 @@ from ders.deltas import Delta, LowRankDelta, QuantizedDelta, SparseDelta, ZeroDe
 from ders.models.adapters import load_adapter, save_adapter
 from ders.models.exporting import export
 from ders.models.registration import register
-from ders.moe import NoisyMLPRouter, Router, TopKRouter
+from ders.moe import NoisyMLPRouter, Router, TopKRouter, set_execution
 from ders.upcycling import certify, save_routers, set_trainable, upcycle
 from ders.upcycling.adapters import adapters, remove_adapter, set_adapter
 
@@ -38,6 +38,7 @@ __all__ = [
     "save_adapter",
     "save_routers",
     "set_adapter",
+    "set_execution",
     "set_trainable",
     "upcycle",
 ]

@@ -12,6 +12,7 @@ from ders.cli.instantiation import instantiate
 from ders.data import DataSource
 from ders.models.bundle import read_config
 from ders.models.tiny import dense_from_config
+from ders.moe import EXECUTIONS, set_execution
 from ders.training.batches import StepBatches
 from ders.upcycling import MOE_TRAINABLE, UpcyclingSummary, set_trainable, upcycle
 
@@ -35,7 +36,9 @@ def upcycle_by_config(model: torch.nn.Module, config: DictConfig) -> UpcyclingSu
     options = instantiate(config.upcycling)
     if config.get("compression"):
         options["extended"] = False  # the dial is the compression's: what it compresses has full experts
-    return upcycle(model, delta=instantiate(config.method).get("delta"), seed=config.seed, **options)
+    summary = upcycle(model, delta=instantiate(config.method).get("delta"), seed=config.seed, **options)
+    set_execution(model, config.execution)
+    return summary
 
 
 def check(config: DictConfig) -> None:
@@ -121,6 +124,8 @@ def _check_types(config: DictConfig) -> None:
         raise UserError(f"seed and parent_seed must not be negative: got {config.seed} and {config.parent_seed}")
     if config.trainable not in MOE_TRAINABLE:
         raise UserError(f"trainable must be one of {', '.join(MOE_TRAINABLE)}: got {config.trainable!r}")
+    if config.execution not in EXECUTIONS:
+        raise UserError(f"execution must be one of {', '.join(EXECUTIONS)}: got {config.execution!r}")
     limit = config.trainer.max_steps
     if limit is not None and (not isinstance(limit, int) or limit < 1):
         raise UserError(f"trainer.max_steps must be a whole number from 1 on, or null for no limit: got {limit!r}")

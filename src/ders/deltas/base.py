@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ders.kernels import Form
+
 
 class Delta(nn.Module):
     """What E experts add to one base weight: W_e = W_base + Δ_e (eq. 2 of arXiv 2503.01359).
@@ -41,6 +43,11 @@ class Delta(nn.Module):
     def forward(self, x_SI: Tensor, expert_S: Tensor) -> Tensor:
         """All deltas applied to all slots at once, y_s = Δ_{e(s)} x_s: (S, I), (S,) → (S, O), building no matrix."""
         raise NotImplementedError
+
+    def form(self) -> Form | None:
+        """What the kernels that work on whole layers need of this delta; None: they do not know it, so it is applied by
+        `forward`."""
+        return None
 
     def fit_(self, delta_EOI: Tensor) -> "Delta":
         """Become the closest representation of trained deltas (E, O, I); returns self."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ders.deltas.base import Delta
+from ders.kernels import LowRank
 
 
 class LowRankDelta(Delta):
@@ -49,6 +50,9 @@ class LowRankDelta(Delta):
         mine_SE1 = F.one_hot(expert_S, self.num_experts).unsqueeze(2).to(z_SER.dtype)
         b_OER = self.b_EOR.transpose(0, 1).flatten(1)
         return F.linear((z_SER * mine_SE1).flatten(1), b_OER)
+
+    def form(self) -> LowRank:
+        return LowRank(self.a_ERI, self.b_EOR)
 
     @torch.no_grad()
     def fit_expert_(self, expert: int, delta_OI: Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ders.deltas.base import Delta
-from ders.kernels import SCHEMES, centred_grid, dequantize, packed_size, quantize, quantized_linear
+from ders.kernels import SCHEMES, Coded, centred_grid, dequantize, packed_size, quantize, quantized_linear
 
 GRANULARITIES = ("tensor", "row", "group")
 
@@ -91,8 +91,10 @@ class QuantizedDelta(Delta):
         return dequantize(self.codes_EOB[expert], self.bits, self.in_features, lows_EG[expert], steps_EG[expert])
 
     def forward(self, x_SI: Tensor, expert_S: Tensor) -> Tensor:
-        lows_EG, steps_EG = self._grids(torch.float32)
-        return quantized_linear(x_SI, expert_S, self.codes_EOB, self.bits, lows_EG, steps_EG)
+        return quantized_linear(x_SI, expert_S, *self.form())
+
+    def form(self) -> Coded:
+        return Coded(self.codes_EOB, self.bits, *self._grids(torch.float32))
 
     @torch.no_grad()
     def fit_expert_(self, expert: int, delta_OI: Tensor) -> None:

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from ders.deltas.base import Delta
 from ders.kernels import (
+    Sparse,
     dequantize,
+    entry_rows,
     largest_positions,
     pack_positions,
     packed_size,
@@ -24,6 +26,8 @@ from ders.kernels import (
 )
 
 SELECTIONS = ("random", "magnitude")
+# Matrices with at most one entry in so many have the row of each entry at hand: 4 more bytes for each of few.
+_THIN = 32
 
 
 class SparseDelta(Delta):
@@ -86,6 +90,7 @@ class SparseDelta(Delta):
         # Derived on first use, so that loading a file costs no memory beyond the file's.
         self.register_buffer("columns_EN", None, persistent=False)
         self.register_buffer("row_starts_EP", None, persistent=False)
+        self.register_buffer("rows_EN", None, persistent=False)
 
     seeds_E: Tensor
     support_EB: Tensor
@@ -93,6 +98,7 @@ class SparseDelta(Delta):
     grids_E2: Tensor
     columns_EN: Tensor | None
     row_starts_EP: Tensor | None
+    rows_EN: Tensor | None
 
     def _apply(self, fn: Any, recurse: bool = True) -> "SparseDelta":
         before = self._buffers.get("grids_E2")
@@ -102,8 +108,10 @@ class SparseDelta(Delta):
         return self
 
     def restore_(self) -> None:
-        self.columns_EN = self.row_starts_EP = None
+        self.columns_EN = self.row_starts_EP = self.rows_EN = None
 
+    # A compiler takes what it finds here for a constant: the support never changes, and finding it reads the seeds.
+    @torch.compiler.assume_constant_result
     def _derive(self) -> tuple[Tensor, Tensor]:
         """Columns (E, N) and row boundaries (E, P) of the compressed-row form, int32."""
         if self.columns_EN is None or self.row_starts_EP is None:
@@ -115,6 +123,8 @@ class SparseDelta(Delta):
                     boundaries_P = torch.arange(self.out_features + 1, device=positions_N.device) * self.in_features
                     starts.append(torch.searchsorted(positions_N, boundaries_P).int())
                 self.columns_EN, self.row_starts_EP = torch.stack(columns), torch.stack(starts)
+                if self.num_kept * _THIN <= self.size:
+                    self.rows_EN = entry_rows(self.columns_EN, self.row_starts_EP)
         return self.columns_EN, self.row_starts_EP
 
     def _positions(self, expert: int) -> Tensor:
@@ -139,6 +149,10 @@ class SparseDelta(Delta):
 
     def forward(self, x_SI: Tensor, expert_S: Tensor) -> Tensor:
         return sparse_linear(x_SI, expert_S, self._values(x_SI.dtype), *self._derive())
+
+    def form(self) -> Sparse:
+        columns_EN, row_starts_EP = self._derive()
+        return Sparse(self._values(torch.float32), columns_EN, row_starts_EP, self.rows_EN)
 
     @torch.no_grad()
     def fit_expert_(self, expert: int, delta_OI: Tensor) -> None:

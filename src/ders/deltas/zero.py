@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ders.deltas.base import Delta
+from ders.kernels import LowRank
 
 
 class ZeroDelta(Delta):
@@ -14,6 +15,14 @@ class ZeroDelta(Delta):
 
     def forward(self, x_SI: Tensor, expert_S: Tensor) -> Tensor:
         return x_SI.new_zeros(len(x_SI), self.out_features)
+
+    def form(self) -> LowRank:
+        """Of rank zero."""
+        nothing = torch.zeros(0)
+        return LowRank(
+            nothing.new_zeros(self.num_experts, 0, self.in_features),
+            nothing.new_zeros(self.num_experts, self.out_features, 0),
+        )
 
     def fit_expert_(self, expert: int, delta_OI: Tensor) -> None:
         """Nothing of the trained delta is kept."""

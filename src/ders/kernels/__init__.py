@@ -1,7 +1,10 @@
 """Fast tensor functions, each beside its slow oracle (floor 0: torch only)."""
 
 from ders.kernels.distributed import global_sum
+from ders.kernels.forms import Coded, Form, LowRank, Sparse, entry_rows
 from ders.kernels.grouped import grouped_linear, grouped_linear_oracle
+from ders.kernels.mix import can_mix, can_mix_slots, mix_experts, mix_experts_oracle, mix_slots, name_activation
+from ders.kernels.mix_op import ACTIVATIONS
 from ders.kernels.packing import pack, pack_positions, packed_size, positions_size, unpack, unpack_positions
 from ders.kernels.quantization import (
     SCHEMES,
@@ -16,13 +19,25 @@ from ders.kernels.sampling import largest_positions, sample_positions, stable_ha
 from ders.kernels.sparse import sparse_linear, sparse_linear_oracle
 
 __all__ = [
+    "ACTIVATIONS",
     "SCHEMES",
+    "Coded",
+    "Form",
+    "LowRank",
+    "Sparse",
+    "can_mix",
+    "can_mix_slots",
     "centred_grid",
     "dequantize",
+    "entry_rows",
     "global_sum",
     "grouped_linear",
     "grouped_linear_oracle",
     "largest_positions",
+    "mix_experts",
+    "mix_experts_oracle",
+    "mix_slots",
+    "name_activation",
     "pack",
     "pack_positions",
     "packed_size",

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ders.deltas import Delta
-from ders.kernels import grouped_linear
+from ders.kernels import Form, can_mix, can_mix_slots, grouped_linear, mix_experts, mix_slots, name_activation
+from ders.kernels.autocast import cast_for_matmul
+from ders.moe.execution import EXECUTIONS
 from ders.moe.ffn import FFN
 
 
@@ -43,20 +45,50 @@ class VanillaExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """(T, D), (T, K), (T, K) → (T, D): Σ_k g_k FFN_{e_k}(x)."""
-        top_k = top_k_index.shape[1]
-        order_S = top_k_index.flatten().argsort(stable=True)
-        expert_S = top_k_index.flatten()[order_S]
-        token_S = order_S // top_k
-        counts_E = expert_S.bincount(minlength=self.num_experts)
 
-        def project(name: str, x_SI: Tensor) -> Tensor:
-            y_SO = grouped_linear(x_SI, counts_E, self.weights_EOI[name])
-            return y_SO + self.biases_EO[name][expert_S] if name in self.biases_EO else y_SO
+        def project(name: str, x_SI: Tensor, counts_E: Tensor) -> Tensor:
+            return grouped_linear(x_SI, counts_E, self.weights_EOI[name])
 
-        x_SD = hidden_states[token_S]
-        h_SF = self.form.hidden([project(name, x_SD) for name in self.form.inputs], self.activation)
-        y_SD = project(self.form.output, h_SF) * top_k_weights.flatten()[order_S, None].to(h_SF.dtype)
-        return torch.zeros_like(hidden_states).index_add(0, token_S, y_SD.to(hidden_states.dtype))
+        return sorted_by_expert(
+            hidden_states,
+            top_k_index,
+            top_k_weights,
+            project,
+            self.biases_EO,
+            self.form,
+            self.activation,
+            self.num_experts,
+        )
+
+
+def sorted_by_expert(
+    x_TD: Tensor,
+    index_TK: Tensor,
+    gates_TK: Tensor,
+    project: Callable[[str, Tensor, Tensor], Tensor],
+    biases_EO: nn.ParameterDict,
+    form: FFN,
+    activation: Callable[[Tensor], Tensor],
+    num_experts: int,
+) -> Tensor:
+    """(T, D), (T, K), (T, K) → (T, D): every slot through its expert, slots of one expert side by side.
+
+    Args:
+        project: (name, rows (S, I) sorted by expert, how many each expert has (E,)) → (S, O).
+    """
+    order_S = index_TK.flatten().argsort(stable=True)
+    expert_S = index_TK.flatten()[order_S]
+    token_S = order_S // index_TK.shape[1]
+    counts_E = expert_S.bincount(minlength=num_experts)
+
+    def apply(name: str, x_SI: Tensor) -> Tensor:
+        y_SO = project(name, x_SI, counts_E)
+        return y_SO + biases_EO[name][expert_S] if name in biases_EO else y_SO
+
+    x_SD = x_TD[token_S]
+    h_SF = form.hidden([apply(name, x_SD) for name in form.inputs], activation)
+    y_SD = apply(form.output, h_SF) * gates_TK.flatten()[order_S, None].to(h_SF.dtype)
+    return torch.zeros_like(x_TD).index_add(0, token_S, y_SD.to(x_TD.dtype))
 
 
 class SharedBaseExperts(nn.Module):
@@ -76,26 +108,74 @@ class SharedBaseExperts(nn.Module):
             {n: make_delta(n, num_experts, lin.out_features, lin.in_features) for n, lin in linears.items()}
         )
         self.biases_EO = expert_biases(linears, num_experts)
+        # None: none of those that are compiled in. Its module is the layer's, under its dense name.
+        self.activation_name = name_activation(getattr(dense, form.activation))
+        self.execution = "auto"
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *, base: nn.Module) -> Tensor:
         """(T, D), (T, K), (T, K) → (T, D): Σ_k g_k FFN_{e_k}(x). `base` holds the bias-free dense projections."""
-        top_k = top_k_index.shape[1]
-        expert_S = top_k_index.flatten()
-        x_SD = hidden_states.repeat_interleave(top_k, dim=0)
+        forms = [self.deltas[name].form() for name in self.form.projections]
+        dtype = _matmul_dtype(hidden_states)
+        if can_mix(hidden_states.device.type, dtype, forms, self.activation_name):
+            return self._mixed(hidden_states, top_k_index, top_k_weights, base, forms)
+        return self._by_slots(hidden_states, top_k_index, top_k_weights, base)
 
-        pre = []
-        for name in self.form.inputs:
-            once_per_token = getattr(base, name)(hidden_states).repeat_interleave(top_k, dim=0)
-            pre.append(self._with_bias(name, once_per_token + self.deltas[name](x_SD, expert_S), expert_S))
-        h_SF = self.form.hidden(pre, getattr(base, self.form.activation))
-        h_SF = h_SF * top_k_weights.flatten()[:, None].to(h_SF.dtype)
+    def _mixed(self, x_TD: Tensor, index_TK: Tensor, gates_TK: Tensor, base: nn.Module, forms: list[Form]) -> Tensor:
+        """Deltas, activation and gates in one pass between the two base products."""
+        assert self.activation_name is not None
+        pre = [getattr(base, name)(x_TD) for name in self.form.inputs]
+        biases = [self.biases_EO[name] for name in self.form.inputs if name in self.biases_EO]
+        mixed_TF, y_TD = mix_experts(
+            x_TD, pre, index_TK, gates_TK, forms, biases, self.activation_name, self.form.gated
+        )
+        return self._output(base, mixed_TF, y_TD, index_TK, gates_TK).to(x_TD.dtype)
 
-        name = self.form.output
-        y_SD = self.deltas[name](h_SF, expert_S)
-        if name in self.biases_EO:
-            y_SD = y_SD + self.biases_EO[name][expert_S] * top_k_weights.flatten()[:, None].to(y_SD.dtype)
-        y_TD = getattr(base, name)(h_SF.unflatten(0, (-1, top_k)).sum(1)) + y_SD.unflatten(0, (-1, top_k)).sum(1)
-        return y_TD.to(hidden_states.dtype)
+    def _output(
+        self, base: nn.Module, mixed_TF: Tensor, delta_TD: Tensor, index_TK: Tensor, gates_TK: Tensor
+    ) -> Tensor:
+        """The base's output once per token, and what deltas and biases add to it."""
+        y_TD: Tensor = getattr(base, self.form.output)(mixed_TF) + delta_TD
+        if self.form.output in self.biases_EO:
+            gates_TE = gates_TK.new_zeros(len(gates_TK), self.num_experts).scatter_add(1, index_TK, gates_TK)
+            bias_EO = self.biases_EO[self.form.output]
+            y_TD = y_TD + gates_TE.to(bias_EO.dtype) @ bias_EO
+        return y_TD
+
+    def _by_slots(self, x_TD: Tensor, index_TK: Tensor, gates_TK: Tensor, base: nn.Module) -> Tensor:
+        """Any delta, by its own `forward` over all slots."""
+        top_k, expert_S = index_TK.shape[1], index_TK.flatten()
+        x_SD = x_TD.repeat_interleave(top_k, dim=0)
+        pre = [getattr(base, name)(x_TD) for name in self.form.inputs]
+        slots = [self.deltas[name](x_SD, expert_S) for name in self.form.inputs]
+        if self.activation_name is not None and can_mix_slots(x_TD.device.type, pre[0].dtype, self.activation_name):
+            biases = [self.biases_EO[name] for name in self.form.inputs if name in self.biases_EO]
+            mixed_TF, h_SF = mix_slots(pre, slots, index_TK, gates_TK, biases, self.activation_name, self.form.gated)
+        else:
+            parts = zip(self.form.inputs, pre, slots, strict=True)
+            own = [self._with_bias(name, p.repeat_interleave(top_k, dim=0) + slot, expert_S) for name, p, slot in parts]
+            h_SF = self.form.hidden(own, getattr(base, self.form.activation))
+            h_SF = h_SF * gates_TK.flatten()[:, None].to(h_SF.dtype)
+            mixed_TF = h_SF.unflatten(0, (-1, top_k)).sum(1)
+        y_SD = self.deltas[self.form.output](h_SF, expert_S)
+        return self._output(base, mixed_TF, y_SD.unflatten(0, (-1, top_k)).sum(1), index_TK, gates_TK).to(x_TD.dtype)
 
     def _with_bias(self, name: str, y_SO: Tensor, expert_S: Tensor) -> Tensor:
         return y_SO + self.biases_EO[name][expert_S] if name in self.biases_EO else y_SO
+
+
+def _matmul_dtype(x: Tensor) -> torch.dtype:
+    return cast_for_matmul(x)[0].dtype
+
+
+def set_execution(model: nn.Module, execution: str) -> int:
+    """How experts over a shared base run from here on: `auto`, `shared` or `synthesize`; returns how many layers do.
+
+    Raises:
+        ValueError: there is no such way.
+    """
+    if execution not in EXECUTIONS:
+        raise ValueError(f"execution must be one of {', '.join(EXECUTIONS)}: got {execution!r}")
+    found = [module for module in model.modules() if isinstance(module, SharedBaseExperts)]
+    for experts in found:
+        experts.execution = execution
+    return len(found)

@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-# What says where and how long, not what: changing it must find the same folder again.
-_NOT_IDENTITY = ("ckpt_path", "skip_completed", "output_dir", "logger", "experiments")
+# What says where, how long and how fast, not what: changing it must find the same folder again.
+_NOT_IDENTITY = ("ckpt_path", "skip_completed", "output_dir", "logger", "experiments", "execution")
 _TRAINER_LIMITS = ("max_steps", "max_time", "log_every_n_steps")
 
 
