@@ -33,7 +33,8 @@ FOLDERS = [c for c in COMMANDS if re.match(r"python scripts/(analyze|compress|ev
 
 def test_no_command_is_left_out() -> None:
     ddp = ["python train.py trainer=ddp trainer.devices=2"]  # its processes: tests/cli/test_train.py
-    slow = ["python scripts/benchmark.py suite=compress"]  # in small: tests/evaluation/test_compress_suite.py
+    # In small: tests/evaluation/test_*_suite*.py
+    slow = [f"python scripts/benchmark.py suite={suite}" for suite in ("layer", "decode", "train", "compress")]
     known = [*TRAIN, *TABLES, *FOLDERS, *PLANS, *CHECKS, *ddp, *slow, "make train", "make test"]
     assert sorted(COMMANDS) == sorted(known)
     assert len(TRAIN) > 8

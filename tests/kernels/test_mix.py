@@ -76,7 +76,8 @@ class Case:
 
 def relative_errors(found: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
     pairs = zip(found, expected, strict=True)
-    return [((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)).item() for a, b in pairs if b.numel()]
+    wide = [(a.detach().double(), b.detach().double()) for a, b in pairs if b.numel()]
+    return [((a - b).norm() / b.norm().clamp(min=1e-30)).item() for a, b in wide]
 
 
 @native

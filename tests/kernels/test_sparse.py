@@ -6,7 +6,7 @@ import torch
 from ders.deltas import SparseDelta
 from ders.kernels import sparse
 
-FAST = [sparse._by_gathering, sparse._by_slots_of_each_expert, sparse._by_masks, sparse.sparse_linear]
+FAST = [sparse._by_gathering, sparse._by_slots_of_each_expert, sparse._by_masks, sparse._native, sparse.sparse_linear]
 
 
 @pytest.mark.parametrize("fast", FAST)

@@ -1,16 +1,20 @@
 """`python scripts/benchmark.py`: measurements against goals, as a table and a record."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from ders.cli.app import ROOT, UserError, check_format, launch, to_plain
+from ders.evaluation import benchmark
 from ders.evaluation.compress_suite import compress_suite
+from ders.reporting.benchmark import markdown as speed_markdown
+from ders.reporting.benchmark import publish
 from ders.reporting.record import start_benchmark
 from ders.reporting.tables import pipes
 
-SUITES = {"compress": compress_suite}
+SUITES = ("compress", *benchmark.SUITES)
 
 
 def main() -> None:
@@ -22,18 +26,28 @@ def run(config: DictConfig) -> None:
     check_format(config.format)
     if config.suite not in SUITES:
         raise UserError(f"suite must be one of {', '.join(SUITES)}: got {config.suite!r}")
-    record = start_benchmark(ROOT, to_plain(config), ["python", "scripts/benchmark.py", f"suite={config.suite}"])
-    results = SUITES[config.suite](ROOT / "scripts", ROOT / config.work)
-    record = {**record, **results}
     folder = ROOT / config.results / f"benchmark_{config.suite}"
+    if config.suite == "compress":
+        file, record, table = _compress(config, folder)
+    else:
+        record = benchmark.run_suite(config.suite, {dial: config[dial] for dial in benchmark.DIALS}, ROOT)
+        file, table = publish(record, folder), speed_markdown(record)
+    print(json.dumps(record) if config.format == "json" else f"{table}\n{file}")
+
+
+def _compress(config: DictConfig, folder: Path) -> tuple[Path, dict[str, Any], str]:
+    own = {key: value for key, value in to_plain(config).items() if key not in benchmark.DIALS}
+    record = start_benchmark(ROOT, own, ["python", "scripts/benchmark.py", "suite=compress"])
+    record = {**record, **compress_suite(ROOT / "scripts", ROOT / config.work)}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "record.json").write_text(json.dumps(record, indent=1) + "\n")
-    (folder / "table.md").write_text(markdown(record))
-    print(json.dumps(record) if config.format == "json" else f"{markdown(record)}\n{folder / 'record.json'}")
+    file, table = folder / "record.json", markdown(record)
+    file.write_text(json.dumps(record, indent=1) + "\n")
+    (folder / "table.md").write_text(table)
+    return file, record, table
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """The table of a benchmark: each goal with its figure, met or missed, then each command's times."""
+    """The table of suite=compress: each goal with its figure, met or missed, then each command's times."""
     goals = [["", "figure", "limit", "aim", ""], ["---", "---:", "---:", "---:", "---"]]
     for goal in record["goals"]:
         numbers = [_number(goal[key]) for key in ("figure", "limit", "aim")]

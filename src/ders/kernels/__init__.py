@@ -17,6 +17,7 @@ from ders.kernels.quantization import (
 )
 from ders.kernels.sampling import largest_positions, sample_positions, stable_hash
 from ders.kernels.sparse import sparse_linear, sparse_linear_oracle
+from ders.kernels.synthesis import synthesized_linear, synthesized_linear_oracle
 
 __all__ = [
     "ACTIVATIONS",
@@ -50,6 +51,8 @@ __all__ = [
     "sparse_linear",
     "sparse_linear_oracle",
     "stable_hash",
+    "synthesized_linear",
+    "synthesized_linear_oracle",
     "unpack",
     "unpack_positions",
 ]

@@ -99,7 +99,7 @@ def _mix(
 ) -> tuple[Tensor, Tensor]:
     pre, delta, biases, index, gates = *map(_contiguous, (pre, delta, biases)), index.contiguous(), gates.contiguous()
     if pre[0].is_cuda:
-        from ders.kernels.triton import mix as on_gpu
+        from ders.kernels.triton.operator import mix as on_gpu
 
         return on_gpu(pre, index, gates, delta, biases, kind, activation, gated)
     results = _results(pre, index, delta, kind, gated)
@@ -128,7 +128,7 @@ def _mix_backward(
     pre, delta, biases, index, gates = *map(_contiguous, (pre, delta, biases)), index.contiguous(), gates.contiguous()
     grads = grad_mixed.contiguous(), grad_written.contiguous()
     if pre[0].is_cuda:
-        from ders.kernels.triton import mix_backward as on_gpu
+        from ders.kernels.triton.operator import mix_backward as on_gpu
 
         return on_gpu(*grads, pre, index, gates, delta, biases, kind, activation, gated)
     floats = [t for t in delta if t.is_floating_point()]

@@ -4,11 +4,15 @@ S slots, E experts, O/I out/in features, N kept entries of a matrix, P = O + 1 r
 Matrices are compressed by rows: entries ascend, those of row o are row_starts[o] … row_starts[o + 1] − 1.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ders.kernels.autocast import cast_for_matmul
+from ders.kernels.gpu import on_gpu
+from ders.kernels.native.library import call, usable
 
 
 def sparse_linear_oracle(
@@ -26,13 +30,96 @@ def sparse_linear_oracle(
 def sparse_linear(
     x_SI: Tensor, expert_S: Tensor, values_EN: Tensor, columns_EN: Tensor, row_starts_EP: Tensor
 ) -> Tensor:
-    """y (S, O) with y_s = Δ_{e(s)} x_s; differentiable in x and the values.
+    """y (S, O) with y_s = Δ_{e(s)} x_s; differentiable in x and the values. Sums are kept in fp32 or wider."""
+    x_SI, values_EN = cast_for_matmul(x_SI, values_EN)
+    # The one place where the device decides. On a GPU there is a product for decoding, which needs no gradients.
+    if usable(x_SI.device.type, x_SI.dtype) or (on_gpu(x_SI) and not torch.is_grad_enabled()):
+        result: Tensor = _native(x_SI, expert_S, values_EN, columns_EN, row_starts_EP)
+        return result
+    return _in_torch(x_SI, expert_S, values_EN, columns_EN, row_starts_EP)
+
+
+@torch.library.custom_op("ders::sparse_linear", mutates_args=())
+def _native(x_SI: Tensor, expert_S: Tensor, values_EN: Tensor, columns_EN: Tensor, row_starts_EP: Tensor) -> Tensor:
+    if x_SI.is_cuda:
+        from ders.kernels.triton import sparse_matvec
+
+        return sparse_matvec(x_SI, expert_S, values_EN, columns_EN, row_starts_EP)
+    y_SO = x_SI.new_empty(len(x_SI), row_starts_EP.shape[1] - 1)
+    matrices = (values_EN.contiguous(), columns_EN.contiguous(), row_starts_EP.contiguous())
+    slots = (x_SI.contiguous(), expert_S.contiguous())
+    call("sparse_forward", x_SI.dtype, *slots, *matrices, y_SO, *_sizes(x_SI, *matrices))
+    return y_SO
+
+
+@_native.register_fake
+def _(x_SI: Tensor, expert_S: Tensor, values_EN: Tensor, columns_EN: Tensor, row_starts_EP: Tensor) -> Tensor:
+    return x_SI.new_empty(len(x_SI), row_starts_EP.shape[1] - 1)
+
+
+@torch.library.custom_op("ders::sparse_linear_backward", mutates_args=())
+def _native_backward(
+    grad_SO: Tensor,
+    x_SI: Tensor,
+    expert_S: Tensor,
+    values_EN: Tensor,
+    columns_EN: Tensor,
+    row_starts_EP: Tensor,
+    of_x: bool,
+    of_values: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of the values; empty where they are not asked for."""
+    grad_SO, x_SI, expert_S = grad_SO.contiguous(), x_SI.contiguous(), expert_S.contiguous()
+    indices = (columns_EN.contiguous(), row_starts_EP.contiguous())
+    sizes = _sizes(x_SI, values_EN, columns_EN, row_starts_EP)
+    of_x_SI = torch.empty_like(x_SI) if of_x else x_SI.new_empty(0)
+    of_values_EN = values_EN.new_empty(values_EN.shape if of_values else 0)
+    if of_x:
+        call("sparse_backward_x", x_SI.dtype, grad_SO, expert_S, values_EN.contiguous(), *indices, of_x_SI, *sizes)
+    if of_values:
+        call("sparse_backward_values", x_SI.dtype, grad_SO, x_SI, expert_S, *indices, of_values_EN, *sizes)
+    return of_x_SI, of_values_EN
+
+
+@_native_backward.register_fake
+def _(
+    grad_SO: Tensor,
+    x_SI: Tensor,
+    expert_S: Tensor,
+    values_EN: Tensor,
+    columns_EN: Tensor,
+    row_starts_EP: Tensor,
+    of_x: bool,
+    of_values: bool,
+) -> tuple[Tensor, Tensor]:
+    return x_SI.new_empty(x_SI.shape if of_x else 0), values_EN.new_empty(values_EN.shape if of_values else 0)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx: Any, grad_SO: Tensor) -> tuple[Tensor | None, ...]:
+    of_x, of_values = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+    of_x_SI, of_values_EN = _native_backward(grad_SO, *ctx.saved_tensors, of_x, of_values)
+    return of_x_SI if of_x else None, None, of_values_EN if of_values else None, None, None
+
+
+_native.register_autograd(_gradients, setup_context=_keep)
+
+
+def _sizes(x_SI: Tensor, values_EN: Tensor, columns_EN: Tensor, row_starts_EP: Tensor) -> tuple[int, ...]:
+    """S, E, N, O, I as the kernels take them."""
+    return len(x_SI), *values_EN.shape, row_starts_EP.shape[1] - 1, x_SI.shape[1]
+
+
+def _in_torch(x_SI: Tensor, expert_S: Tensor, values_EN: Tensor, columns_EN: Tensor, row_starts_EP: Tensor) -> Tensor:
+    """Torch operations alone.
 
     Thin matrices gather the few entries they touch, slot by slot. Thicker ones run as compressed-row products: on the
     CPU each expert over its own slots; elsewhere that would wait for the slot counts, so each expert runs over all
     slots with the others' rows masked, E times a product that is a few percent of the dense one.
     """
-    x_SI, values_EN = cast_for_matmul(x_SI, values_EN)
     # Gathering moves S·N numbers, a compressed-row product copies S·(I + O) of them first: they break even about here.
     if values_EN.shape[1] <= x_SI.shape[1] + row_starts_EP.shape[1]:
         return _by_gathering(x_SI, expert_S, values_EN, columns_EN, row_starts_EP)

@@ -10,9 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from ders.deltas import Delta
-from ders.kernels import Form, can_mix, can_mix_slots, grouped_linear, mix_experts, mix_slots, name_activation
+from ders.kernels import (
+    Form,
+    can_mix,
+    can_mix_slots,
+    grouped_linear,
+    mix_experts,
+    mix_slots,
+    name_activation,
+    synthesized_linear,
+)
 from ders.kernels.autocast import cast_for_matmul
-from ders.moe.execution import EXECUTIONS
+from ders.moe.execution import COSTS, EXECUTIONS, Work, mixing_pays, synthesis_pays
 from ders.moe.ffn import FFN
 
 
@@ -107,6 +116,7 @@ class SharedBaseExperts(nn.Module):
         self.deltas = nn.ModuleDict(
             {n: make_delta(n, num_experts, lin.out_features, lin.in_features) for n, lin in linears.items()}
         )
+        self.shapes = [(linear.out_features, linear.in_features) for linear in linears.values()]
         self.biases_EO = expert_biases(linears, num_experts)
         # None: none of those that are compiled in. Its module is the layer's, under its dense name.
         self.activation_name = name_activation(getattr(dense, form.activation))
@@ -114,11 +124,41 @@ class SharedBaseExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *, base: nn.Module) -> Tensor:
         """(T, D), (T, K), (T, K) → (T, D): Σ_k g_k FFN_{e_k}(x). `base` holds the bias-free dense projections."""
-        forms = [self.deltas[name].form() for name in self.form.projections]
-        dtype = _matmul_dtype(hidden_states)
-        if can_mix(hidden_states.device.type, dtype, forms, self.activation_name):
-            return self._mixed(hidden_states, top_k_index, top_k_weights, base, forms)
-        return self._by_slots(hidden_states, top_k_index, top_k_weights, base)
+        arguments = (hidden_states, top_k_index, top_k_weights, base)
+        device = hidden_states.device.type
+        known = [self._delta(name).form() for name in self.form.projections]
+        forms = [form for form in known if form is not None]
+        if len(forms) < len(known):
+            return self._by_slots(*arguments)
+        tokens, top_k = top_k_index.shape
+        work, costs = Work(tokens, top_k, self.num_experts, self.shapes), COSTS.get(device, COSTS["cpu"])
+        if self.execution == "synthesize" or (self.execution == "auto" and synthesis_pays(work, forms, costs)):
+            return self._synthesized(*arguments, forms)
+        mixable = can_mix(device, _matmul_dtype(hidden_states), forms, self.activation_name)
+        return (
+            self._mixed(*arguments, forms)
+            if mixable and mixing_pays(work, forms, costs)
+            else self._by_slots(*arguments)
+        )
+
+    def _delta(self, name: str) -> Delta:
+        delta = self.deltas[name]
+        assert isinstance(delta, Delta)
+        return delta
+
+    def _synthesized(
+        self, x_TD: Tensor, index_TK: Tensor, gates_TK: Tensor, base: nn.Module, forms: list[Form]
+    ) -> Tensor:
+        """Each expert's weight, built piece by piece and used at once."""
+        of = dict(zip(self.form.projections, forms, strict=True))
+
+        def project(name: str, x_SI: Tensor, counts_E: Tensor) -> Tensor:
+            return synthesized_linear(x_SI, counts_E, getattr(base, name).weight, of[name])
+
+        activation = getattr(base, self.form.activation)
+        return sorted_by_expert(
+            x_TD, index_TK, gates_TK, project, self.biases_EO, self.form, activation, self.num_experts
+        )
 
     def _mixed(self, x_TD: Tensor, index_TK: Tensor, gates_TK: Tensor, base: nn.Module, forms: list[Form]) -> Tensor:
         """Deltas, activation and gates in one pass between the two base products."""

@@ -10,7 +10,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import torch
 
 Record = dict[str, Any]
@@ -102,6 +101,8 @@ def read_record(file: Path) -> Record:
 
 
 def validate(record: Record) -> None:
+    import jsonschema  # a machine that only measures may lack it
+
     try:
         jsonschema.validate(record, schema())
     except jsonschema.ValidationError as error:

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 _SOURCES = Path(__file__).parent
 # Errno and traps are what keeps a compiler from vectorising exp and rint; nothing else is relaxed.
-_FLAGS = "-O3 -std=c++20 -march=native -fPIC -fopenmp -fno-math-errno -fno-trapping-math -Wall".split()
+_FLAGS = ["-O3", "-std=c++20", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
@@ -49,8 +49,8 @@ def usable(device: str, dtype: torch.dtype) -> bool:
 
 
 def call(name: str, dtype: torch.dtype, *arguments: Tensor | list[Tensor] | tuple[int, ...] | int) -> None:
-    """Run `ders_<name>_<dtype>`: tensors go as pointers (they must be contiguous), lists as arrays of pointers, tuples as
-    arrays of int64."""
+    """Run `ders_<name>_<dtype>`: tensors go as pointers (they must be contiguous), lists of them as arrays of pointers,
+    tuples as arrays of int64."""
     function = getattr(library(), f"ders_{name}_{_SUFFIX[dtype]}")
     function.restype = None
     function(*map(_converted, arguments), ctypes.c_int64(torch.get_num_threads()))
