@@ -1,7 +1,16 @@
 import pytest
 import torch
 
-from ders.kernels import centred_grid, dequantize, quantize, quantized_linear, quantized_linear_oracle, unpack
+from ders.kernels import (
+    centred_grid,
+    dequantize,
+    quantization,
+    quantize,
+    quantized_linear,
+    quantized_linear_oracle,
+    unpack,
+)
+from ders.kernels.native import library
 
 CASES = [
     # slots, experts, out, in, bits, groups per matrix
@@ -37,6 +46,60 @@ def test_product_and_gradient_match_the_oracle(
     torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("few", [0, 1000])
+@pytest.mark.parametrize("slots", [0, 1, 6, 20, 150])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("groups", [1, 37, 37 * 3])
+def test_any_number_of_slots(slots: int, bits: int, groups: int, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one pass and in blocks; grids of 16 columns and more, and rows that end within a vector."""
+    monkeypatch.setattr(quantization, "FEW", few)
+    codes, lows, steps = matrices(3, 37, 48 if groups > 37 else 45, bits, groups)
+    x = torch.randn(slots, 48 if groups > 37 else 45, dtype=torch.float64)
+    upstream, expert = torch.randn(slots, 37, dtype=torch.float64), 2 * torch.randint(2, (slots,))
+    results = []
+    for function in (quantized_linear, quantized_linear_oracle):
+        x_SI = x.clone().requires_grad_()
+        y_SO = function(x_SI, expert, codes, bits, lows, steps)
+        y_SO.backward(upstream)
+        results.append((y_SO.detach(), x_SI.grad))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
+@pytest.mark.parametrize("slots", [3, 20, 300])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_narrow_types(
+    slots: int, bits: int, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """float64 takes the portable way to the values of codes, the others that of the machine."""
+    monkeypatch.setattr(quantization, "FEW", 1000)
+    codes, lows, steps = matrices(3, 37, 48, bits, 37)
+    x, expert = torch.randn(slots, 48, dtype=dtype), torch.randint(3, (slots,))
+    found = quantized_linear(x, expert, codes, bits, lows, steps)
+    expected = quantized_linear_oracle(x.double(), expert, codes, bits, lows, steps)
+    assert found.dtype == dtype
+    assert (found - expected).norm() <= tolerance * expected.norm()
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes, lows, steps = matrices(3, 7, 12, 2, 7)
+    x, expert = torch.randn(13, 12, dtype=torch.float64), torch.randint(3, (13,))
+    native = quantized_linear(x, expert, codes, 2, lows, steps)
+    monkeypatch.setattr(library, "library", lambda: None)
+    torch.testing.assert_close(quantized_linear(x, expert, codes, 2, lows, steps), native, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_compiles_as_one_graph() -> None:
+    codes, lows, steps = matrices(3, 7, 12, 2, 7)
+    x, expert = torch.randn(5, 12), torch.randint(3, (5,))
+    compiled = torch.compile(quantized_linear, fullgraph=True)
+    leaves = x.clone().requires_grad_(), x.clone().requires_grad_()
+    for function, leaf in zip((compiled, quantized_linear), leaves, strict=True):
+        function(leaf, expert, codes, 2, lows, steps).square().sum().backward()
+    torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
+
+
 def test_gradcheck() -> None:
     codes, lows, steps = matrices(2, 3, 8, 2, 3)
     x = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
@@ -54,8 +117,6 @@ def test_a_gpu_computes_the_same() -> None:
 
 
 def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ders.kernels import quantization
-
     x = torch.randn(33, 24)
     for groups in (1, 33, 99):
         at_once = quantize(x, 3, groups, "uniform", False)

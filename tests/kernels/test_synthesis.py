@@ -74,3 +74,43 @@ def test_in_small_blocks(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_a_compiler(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "library", lambda: None)
     compare(kind, [3, 0, 6, 1], 33, 36)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("kind", ["sparse", "2 bits a row", "8 bits a row"])
+@pytest.mark.parametrize("few", [0, 1000])
+def test_narrow_types(
+    kind: str, dtype: torch.dtype, tolerance: float, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one pass and in blocks, for one slot of an expert and for many."""
+    monkeypatch.setattr(synthesis, "FEW", few)
+    counts, form = torch.tensor([1, 0, 7, 60]), make(kind, 4, 70, 80, torch.float32)
+    narrow = type(form)(*(t.to(dtype) for t in differentiable(form)), *form[len(differentiable(form)) :])
+    x, weight = torch.randn(68, 80, dtype=dtype), torch.randn(70, 80, dtype=dtype)
+    exact = type(form)(*(t.double() for t in differentiable(narrow)), *narrow[len(differentiable(narrow)) :])
+    found = synthesized_linear(x, counts, weight, narrow)
+    expected = synthesized_linear_oracle(x.double(), counts, weight.double(), exact)
+    assert found.dtype == dtype
+    assert (found - expected).norm() <= tolerance * expected.norm()
+
+
+def test_gradcheck() -> None:
+    counts, form = torch.tensor([2, 0, 3]), make("sparse", 3, 4, 6)
+    x, weight = torch.randn(5, 6, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)
+    leaves = [t.requires_grad_() for t in (x, weight, form[0])]
+    assert torch.autograd.gradcheck(
+        lambda x, weight, values: synthesized_linear(x, counts, weight, Sparse(values, *form[1:3])), leaves
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sparse", "2 bits a row"])
+def test_compiles_as_one_graph(kind: str) -> None:
+    counts, form, weight = torch.tensor([2, 0, 3]), make(kind, 3, 7, 12), torch.randn(7, 12).double()
+    x = torch.randn(5, 12).double()
+    grads = []
+    for function in (synthesized_linear, torch.compile(synthesized_linear, fullgraph=True)):
+        leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        function(leaves[0], counts, leaves[1], form).square().sum().backward()
+        grads.append([leaf.grad for leaf in leaves])
+    torch.testing.assert_close(grads[0], grads[1])

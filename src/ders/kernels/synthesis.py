@@ -18,9 +18,9 @@ from ders.kernels.native.library import call, usable
 from ders.kernels.quantization import coded_product, coded_rows, dequantize, row_blocks
 
 # Entries of a block, which lies in the cache while a matrix product reads it: few would slow the product down.
-BLOCK = 1 << 19
+BLOCK = 1 << 20
 # Slots of an expert, on average, up to which one pass in compiled code beats blocks and a matrix product.
-FEW = 24
+FEW = 64
 
 
 def synthesized_linear_oracle(x_SI: Tensor, counts_E: Tensor, weight_OI: Tensor, form: Form) -> Tensor:

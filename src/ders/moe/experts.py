@@ -121,25 +121,31 @@ class SharedBaseExperts(nn.Module):
         # None: none of those that are compiled in. Its module is the layer's, under its dense name.
         self.activation_name = name_activation(getattr(dense, form.activation))
         self.execution = "auto"
+        self._known_ways: dict[tuple[int, int, str], tuple[bool, bool]] = {}
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *, base: nn.Module) -> Tensor:
         """(T, D), (T, K), (T, K) → (T, D): Σ_k g_k FFN_{e_k}(x). `base` holds the bias-free dense projections."""
         arguments = (hidden_states, top_k_index, top_k_weights, base)
-        device = hidden_states.device.type
         known = [self._delta(name).form() for name in self.form.projections]
         forms = [form for form in known if form is not None]
         if len(forms) < len(known):
             return self._by_slots(*arguments)
-        tokens, top_k = top_k_index.shape
-        work, costs = Work(tokens, top_k, self.num_experts, self.shapes), COSTS.get(device, COSTS["cpu"])
-        if self.execution == "synthesize" or (self.execution == "auto" and synthesis_pays(work, forms, costs)):
+        synthesize, mix = self._ways(top_k_index, forms)
+        if self.execution == "synthesize" or (self.execution == "auto" and synthesize):
             return self._synthesized(*arguments, forms)
-        mixable = can_mix(device, _matmul_dtype(hidden_states), forms, self.activation_name)
-        return (
-            self._mixed(*arguments, forms)
-            if mixable and mixing_pays(work, forms, costs)
-            else self._by_slots(*arguments)
-        )
+        mixable = can_mix(hidden_states.device.type, _matmul_dtype(hidden_states), forms, self.activation_name)
+        return self._mixed(*arguments, forms) if mix and mixable else self._by_slots(*arguments)
+
+    def _ways(self, index_TK: Tensor, forms: list[Form]) -> tuple[bool, bool]:
+        """Whether synthesis pays for so many tokens, and mixing. Found once: for one token it would take its time."""
+        (tokens, top_k), device = index_TK.shape, index_TK.device.type
+        if torch.compiler.is_compiling() or (tokens, top_k, device) not in self._known_ways:
+            work, costs = Work(tokens, top_k, self.num_experts, self.shapes), COSTS.get(device, COSTS["cpu"])
+            found = synthesis_pays(work, forms, costs), mixing_pays(work, forms, costs)
+            if torch.compiler.is_compiling():
+                return found
+            self._known_ways[tokens, top_k, device] = found
+        return self._known_ways[tokens, top_k, device]
 
     def _delta(self, name: str) -> Delta:
         delta = self.deltas[name]

@@ -20,18 +20,20 @@ _BEST = "vanilla, the fastest"
 
 
 def publish(record: Record, folder: Path) -> Path:
-    """Write `record.json`, `table.md` and `figure.png` into a folder; returns the record's path."""
+    """Write `record.json`, `table.md`, `goals.md` (its head alone) and `figure.png` into a folder; returns the record's
+    path."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "record.json"
     file.write_text(json.dumps(record, indent=1) + "\n")
     (folder / "table.md").write_text(markdown(record))
+    (folder / "goals.md").write_text("\n\n".join(_opening(record)) + "\n")
     draw(record, folder / "figure.png")
     return file
 
 
 def markdown(record: Record) -> str:
     """Goals first, each met or missed; then everything that was measured."""
-    parts = [_head(record), _goals(record["goals"])]
+    parts = _opening(record)
     rows = record.get("rows", [])
     for key in dict.fromkeys(_panel(row) for row in rows):
         parts.append(f"**{key}**\n\n{_layer_table([row for row in rows if _panel(row) == key])}")
@@ -43,6 +45,10 @@ def markdown(record: Record) -> str:
     if others := _unavailable(record.get("unavailable", [])):
         parts.append(others)
     return "\n\n".join(parts) + "\n"
+
+
+def _opening(record: Record) -> list[str]:
+    return [_head(record), _goals(record["goals"])]
 
 
 def _head(record: Record) -> str:

@@ -76,7 +76,7 @@ def _built(compiler: str) -> Path:
     built = folder / f"kernels-{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.so"
     if built.exists():
         return built
-    log.info("compiling the CPU kernels, once for this machine (some ten seconds)")
+    log.info("compiling the CPU kernels, once for this machine (half a minute)")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
