@@ -33,8 +33,8 @@ def synthesized_linear(x_SI: Tensor, counts_E: Tensor, weight_OI: Tensor, form: 
 
     Differentiable in x, the weight, and the values or factors of the form; keeps these for the backward pass, and
     builds a block of rows of one matrix at a time. Sums W + Δ_e are rounded to the type of x, as those of stored
-    experts are; low-rank factors are applied beside W instead, which is exact and costs less. On a GPU all E matrices
-    are built.
+    experts are; low-rank factors are applied beside W instead, which is exact and costs less. On a GPU without
+    Triton all E matrices are built.
     """
     x_SI, weight_OI = cast_for_matmul(x_SI, weight_OI)
     if isinstance(form, LowRank):
