@@ -83,7 +83,7 @@ def test_any_folder_can_be_the_parent(run_job: Callable[..., Path], outputs: Pat
     shutil.copytree(parent, outputs / "broken", dirs_exist_ok=True)
     weights = outputs / "broken" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="cannot be loaded"):
+    with pytest.raises(ValueError, match="truncated or not safetensors"):
         run_job(f"parent={outputs / 'broken'}")
 
 
@@ -127,14 +127,16 @@ def test_a_finished_run_is_skipped_on_request_and_an_old_attempt_is_kept(run_job
 
 
 def test_checkpoints_that_do_not_fit(run_job: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"last\.ckpt does not exist. Run without ckpt_path"):
-        run_job("seed=11", "ckpt_path=last")
-    checkpoint = run_job() / "checkpoints" / "last.ckpt"
+    for given in ("last", "best"):
+        with pytest.raises(UserError, match="no such checkpoint in .* Run without ckpt_path"):
+            run_job("seed=11", f"ckpt_path={given}")
+    checkpoint = run_job() / "checkpoints" / "step_000004"
     with pytest.raises(UserError, match=r"(?s)belongs to another configuration.*seed: 0 → 12"):
         run_job("seed=12", f"ckpt_path={checkpoint}")
-    (tmp_path / "x.ckpt").write_text("no checkpoint")
     with pytest.raises(UserError, match="not a readable checkpoint"):
-        run_job(f"ckpt_path={tmp_path / 'x.ckpt'}")
+        run_job(f"ckpt_path={tmp_path}")
+    with pytest.raises(UserError, match="does not exist: give a folder"):
+        run_job(f"ckpt_path={tmp_path / 'x'}")
 
 
 def test_a_failed_run_leaves_a_record(
@@ -143,12 +145,13 @@ def test_a_failed_run_leaves_a_record(
     def no_space(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ders.cli.train.save_bundle", no_space)
+    monkeypatch.setattr("ders.training.checkpoints.save_bundle", no_space)
     with pytest.raises(OSError, match="No space left"):
         run_job("seed=13")
     record = next(r for f in outputs.glob("ders_sm-*") if (r := record_of(f))["seed"] == 13)
     assert (record["status"], record["stored_bytes"]) == ("failed", None)
     assert "No space left on device" in record["error"]
+    assert "None was written before" in record["error"]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The paper's recipes: what S19 and the base codes state, and that each runs on its tiny twin."""
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from ders.cli.build import check, instantiate
 from ders.reporting import read_record
 from ders.reporting.figures import read_metrics
 from ders.training import LanguageStage, schedule
+from ders.training.checkpoints import steps_in
 from ders.training.modules import LanguageModule
 
 TASKS = {
@@ -129,7 +131,7 @@ def test_a_tiny_twin_runs_its_recipe(task: str, method: str, run_job: Callable[.
     folder = run_job(f"recipe={task}", *choices, *SMALL, *dials, data=[])
     record = read_record(folder / "record.json")
     assert record["status"] == "finished"
-    assert (folder / "checkpoints" / "last.ckpt").exists()
+    assert steps_in(folder / "checkpoints")
     assert (record["added_params_universal"] > 0) == (task != "general" and method not in ("dense", "extended"))
     assert (record["added_params"] > 0) == (method != "dense")
 
@@ -173,10 +175,10 @@ def test_gradient_checkpointing_changes_nothing_and_grouping_runs(
 def test_another_number_of_micro_batches_cannot_go_on(run_job: Callable[..., Path]) -> None:
     general = ["recipe=general", *TASKS["general"], *SMALL, "method=ders_lm", "stage.moe.accumulate=2"]
     folder = run_job(*general, "trainer.max_steps=1", data=[])
-    checkpoint = folder / "checkpoints" / "last.ckpt"
-    content = torch.load(checkpoint, weights_only=True)
-    assert content["ders_accumulate"] == 2
-    torch.save(content | {"ders_accumulate": 4}, checkpoint)
+    file = steps_in(folder / "checkpoints")[1] / "checkpoint.json"
+    content = json.loads(file.read_text())
+    assert content["accumulate"] == 2
+    file.write_text(json.dumps(content | {"accumulate": 4}))
     with pytest.raises(ValueError, match="with 4 micro-batches a step, and on these devices there are 2"):
         run_job(*general, "ckpt_path=last", data=[])
 

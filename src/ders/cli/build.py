@@ -1,6 +1,8 @@
 """From a configuration to objects, with every check that needs no data and no weights made first."""
 
+import contextlib
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +12,17 @@ from omegaconf import DictConfig, OmegaConf
 from ders.cli.app import UserError, to_plain
 from ders.cli.instantiation import instantiate
 from ders.data import DataSource
-from ders.models.bundle import read_config
-from ders.models.tiny import dense_from_config
+from ders.models.bundle import dense_from_config, read_config
 from ders.moe import EXECUTIONS, set_execution
 from ders.training.batches import StepBatches
 from ders.upcycling import MOE_TRAINABLE, UpcyclingSummary, set_trainable, upcycle
 
 
-def trainer_factory(config: DictConfig) -> Any:
-    """Partial of the configured trainer. Its own `max_steps` is a limit that `fit` takes, not the stage's length."""
-    return instantiate(OmegaConf.create({k: v for k, v in to_plain(config.trainer).items() if k != "max_steps"}))
+def trainer_factory(config: DictConfig) -> Callable[..., Any]:
+    """Makes the configured trainer. Its own `max_steps` is a limit that `fit` takes, not the stage's length."""
+    node = OmegaConf.create({k: v for k, v in to_plain(config.trainer).items() if k != "max_steps"})
+    # Instantiated at each call: a strategy belongs to one trainer.
+    return lambda **others: instantiate(node)(**others)
 
 
 def parent_trainer_factory(config: DictConfig) -> Any:
@@ -29,14 +32,18 @@ def parent_trainer_factory(config: DictConfig) -> Any:
     return instantiate(OmegaConf.create({**shared, "devices": 1, "precision": "32-true"}))
 
 
-def upcycle_by_config(model: torch.nn.Module, config: DictConfig) -> UpcyclingSummary | None:
-    """Do to a dense model what the method says; None for the dense control."""
+def upcycle_by_config(
+    model: torch.nn.Module, config: DictConfig, gathered: Any = contextlib.nullcontext
+) -> UpcyclingSummary | None:
+    """Do to a dense model what the method says; None for the dense control. `gathered`: see `upcycle`."""
     if config.upcycling is None:
         return None
     options = instantiate(config.upcycling)
     if config.get("compression"):
         options["extended"] = False  # the dial is the compression's: what it compresses has full experts
-    summary = upcycle(model, delta=instantiate(config.method).get("delta"), seed=config.seed, **options)
+    summary = upcycle(
+        model, delta=instantiate(config.method).get("delta"), seed=config.seed, gathered=gathered, **options
+    )
     set_execution(model, config.execution)
     return summary
 
@@ -126,6 +133,12 @@ def _check_types(config: DictConfig) -> None:
         raise UserError(f"trainable must be one of {', '.join(MOE_TRAINABLE)}: got {config.trainable!r}")
     if config.execution not in EXECUTIONS:
         raise UserError(f"execution must be one of {', '.join(EXECUTIONS)}: got {config.execution!r}")
+    if config.export not in ("last", "best"):
+        raise UserError(f"export must be last or best: got {config.export!r}")
+    if not isinstance(config.keep_checkpoints, int) or config.keep_checkpoints < 1:
+        raise UserError(f"keep_checkpoints must be a whole number from 1 on: got {config.keep_checkpoints!r}")
+    if config.skip_spikes is not None and not (isinstance(config.skip_spikes, int | float) and config.skip_spikes > 1):
+        raise UserError(f"skip_spikes must be a number above 1, or null: got {config.skip_spikes!r}")
     limit = config.trainer.max_steps
     if limit is not None and (not isinstance(limit, int) or limit < 1):
         raise UserError(f"trainer.max_steps must be a whole number from 1 on, or null for no limit: got {limit!r}")

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,10 +22,7 @@ from ders.evaluation.scoring import score
 from ders.models.bundle import load_bundle, stored_bytes
 from ders.reporting import read_record
 from ders.training.callbacks import peak_gib, reset_peak
-
-
-def is_first_process() -> bool:
-    return int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
+from ders.training.processes import is_first_process
 
 
 def without_compression(config: DictConfig) -> DictConfig:

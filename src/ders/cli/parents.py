@@ -76,7 +76,7 @@ def _train_parent(
             log.info("stage %s skipped: %s", name, reason)
             continue
         stage = stage.sized(prepared)
-        module = stage.module(bundle, source, prepared, config.parent_seed, recipe)
+        module = stage.module(bundle, source, prepared, seed=config.parent_seed, identity=recipe)
         data = stage.data(bundle, source, prepared)
         logs = folder / "logs" / name
         trainer = fit(stage, module, data, make_trainer, label=name, folder=logs, seed=config.parent_seed)

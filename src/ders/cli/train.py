@@ -22,18 +22,21 @@ from omegaconf import DictConfig
 from ders.accounting import count_parameters
 from ders.cli.app import ROOT, UserError, launch, to_plain
 from ders.cli.build import check, trainer_factory, upcycle_by_config
-from ders.cli.compressed import compress_and_score, is_first_process, score_folder, waiting_for, without_compression
+from ders.cli.compressed import compress_and_score, score_folder, waiting_for, without_compression
 from ders.cli.instantiation import instantiate
 from ders.cli.parents import parent_folder, parent_scores
 from ders.data import DataSource, PreparedData
 from ders.data.conversation import PROMPTS
-from ders.models.bundle import load_bundle, save_bundle, stored_bytes, weights_sha256
+from ders.models.bundle import outline_bundle, stored_bytes, weights_sha256
 from ders.reporting import RecordError, finish_record, read_record, start_record, write_record
 from ders.reporting.figures import draw_run
-from ders.reporting.identity import differences, identity, run_folder
+from ders.reporting.identity import differences, identity, run_folder, without_trainer
 from ders.training import Stage
+from ders.training.building import Blueprint
 from ders.training.callbacks import peak_gib, reset_peak
+from ders.training.checkpoints import CheckpointError, Saved, find, publish
 from ders.training.fit import fit, seed_everything
+from ders.training.processes import Interrupted, die_with_parent, is_first_process, started_by_lightning, terminable
 
 log = logging.getLogger(__name__)
 
@@ -51,11 +54,19 @@ def run(config: DictConfig) -> float | None:
         print(folder / "record.json", flush=True)
         return None
     check(config)
-    work = _compression_of(config, plain, folder) if config.get("compression") else _training_of(config, plain, folder)
-    if not is_first_process():
-        return None
-    with _alone_in(folder), _own_processes():
-        return _record(plain, folder, work)
+    if started_by_lightning():
+        die_with_parent()
+    kind = _compression_of if config.get("compression") else _training_of
+    try:
+        work = kind(config, plain, folder)
+        if not is_first_process():
+            return None
+        with _alone_in(folder), _own_processes():
+            return _record(plain, folder, work)
+    except Interrupted as interrupted:
+        # Not an error of this job alone: a sweep ends, too.
+        print(interrupted, file=sys.stderr)
+        raise SystemExit(128 + interrupted.signum) from interrupted
 
 
 @dataclass(frozen=True)
@@ -79,7 +90,8 @@ def _training_of(config: DictConfig, plain: dict[str, Any], folder: Path) -> Wor
         return None if step == steps else f"stopped at step {step} of {steps}; continue with ckpt_path=last"
 
     if not is_first_process():
-        train({})
+        with terminable():
+            train({})
     return Work(train, resume=checkpoint is not None)
 
 
@@ -102,13 +114,19 @@ def _record(plain: dict[str, Any], folder: Path, work: Work) -> float | None:
     if record["dirty"]:
         log.warning("there are uncommitted changes: the record of this run says so, and results/ will not take it")
     _prepare_folder(folder, plain, resume=work.resume)
+    # What stays if this process is killed, and can say no more.
+    killed = (
+        "the job, or a process of it, was killed before it could say why: its log may; continue with ckpt_path=last"
+    )
+    write_record(finish_record(record, "interrupted", killed), folder / "record.json")
     results: dict[str, Any] = {}
     try:
-        stopped = work.do(results)
-        ended = finish_record(record, "interrupted" if stopped else "finished", stopped, **results)
-        path = write_record(ended, folder / "record.json")
+        with terminable():
+            stopped = work.do(results)
+            ended = finish_record(record, "interrupted" if stopped else "finished", stopped, **results)
+            path = write_record(ended, folder / "record.json")
     except BaseException as error:
-        status = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
+        status = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit | Interrupted) else "failed"
         try:
             (folder / "error.txt").write_text(traceback.format_exc())
             message = f"{type(error).__name__}: {error}"
@@ -122,7 +140,7 @@ def _record(plain: dict[str, Any], folder: Path, work: Work) -> float | None:
 
 
 def _train_and_score(
-    config: DictConfig, plain: dict[str, Any], folder: Path, checkpoint: Path | None, results: dict[str, Any]
+    config: DictConfig, plain: dict[str, Any], folder: Path, checkpoint: Saved | None, results: dict[str, Any]
 ) -> tuple[int, int]:
     """Fills `results` as they come; returns the step reached and the steps of the stage. Children only train."""
     cache = ROOT / config.output_dir / "cache"
@@ -134,12 +152,19 @@ def _train_and_score(
     started = time.perf_counter()
     reset_peak()
     seed_everything(config.seed)
-    bundle = load_bundle(parent, dtype=torch.float32)
-    summary = upcycle_by_config(bundle.model, config)
-    log.info("%s", summary or "dense control: no FFN is replaced")
+    bundle = outline_bundle(parent)
+    log.info("%s", upcycle_by_config(bundle.model, config) or "dense control: no FFN is replaced")
 
     stage: Stage = instantiate(config.stage.moe).sized(prepared)
-    module = stage.module(bundle, source, prepared, config.seed, identity(plain))
+    module = stage.module(
+        bundle,
+        source,
+        prepared,
+        seed=config.seed,
+        identity=identity(plain),
+        blueprint=Blueprint(parent, lambda model, whole: upcycle_by_config(model, config, whole)),
+        skip_spikes=config.skip_spikes,
+    )
     results.update(vars(count_parameters(bundle.model)))
     with _loggers(config, plain, folder) as loggers:
         trainer = fit(
@@ -152,19 +177,29 @@ def _train_and_score(
             seed=config.seed,
             loggers=loggers,
             max_steps=config.trainer.max_steps,
-            ckpt_path=checkpoint,
+            resume=checkpoint,
+            provenance=_provenance(config, source, prepared, parent) if is_first_process() else None,
+            keep_last=config.keep_checkpoints,
         )
     if trainer.is_global_zero:
         results["peak_gib"] = peak_gib()  # of the training: what is loaded to score it comes later
-        _wait_for_children(trainer)
-        bundle.model.cpu()
-        save_bundle(bundle, folder / "model", _provenance(config, source, prepared, parent))
-        results["stored_bytes"] = stored_bytes(folder / "model")
         device = trainer.strategy.root_device
+        _wait_for_children(trainer)
+        _publish(config.export, folder)
+        results["stored_bytes"] = stored_bytes(folder / "model")
         results["metrics"] = score_folder(folder, source, prepared, device) | parent_scores(parent)
         draw_run(folder)
         results["wall_seconds"] = round(time.perf_counter() - started, 2)
     return trainer.global_step, stage.steps
+
+
+def _publish(which: str, folder: Path) -> None:
+    """The last checkpoint's model, or the best one's, becomes the run's."""
+    saved = find(which, folder / "checkpoints")
+    assert saved is not None
+    if which == "best":
+        log.info("model/ is that of step %d, which validated best", saved.step)
+    publish(saved.folder, folder / "model")
 
 
 def _provenance(config: DictConfig, source: DataSource, prepared: PreparedData, parent: Path) -> dict[str, Any]:
@@ -213,27 +248,24 @@ def _loggers(config: DictConfig, plain: dict[str, Any], folder: Path) -> Iterato
             logger.experiment.finish()
 
 
-def _checkpoint(config: DictConfig, plain: dict[str, Any], folder: Path) -> Path | None:
-    """The checkpoint to continue from, checked to be this configuration's."""
+def _checkpoint(config: DictConfig, plain: dict[str, Any], folder: Path) -> Saved | None:
+    """The checkpoint to continue from, checked to be this configuration's, on whatever processes."""
     if config.ckpt_path is None:
         return None
-    path = folder / "checkpoints" / "last.ckpt" if config.ckpt_path == "last" else Path(config.ckpt_path)
-    if not path.is_file():
-        raise UserError(
-            f"ckpt_path={config.ckpt_path}: {path} does not exist. Run without ckpt_path to start from the beginning"
-        )
     try:
-        stored = torch.load(path, weights_only=True, mmap=True, map_location="cpu")["ders_identity"]
-    except Exception as error:
-        raise UserError(f"ckpt_path={path}: not a readable checkpoint of ders: {error}") from error
-    differing = differences(stored, identity(plain))
+        saved = find(config.ckpt_path, folder / "checkpoints")
+    except CheckpointError as error:
+        raise UserError(str(error)) from error
+    if saved is None:
+        return None
+    differing = differences(without_trainer(saved.identity), without_trainer(identity(plain)))
     if differing:
         raise UserError(
-            f"ckpt_path={path} belongs to another configuration (there → here):\n  "
+            f"ckpt_path={saved.folder} belongs to another configuration (there → here):\n  "
             + "\n  ".join(differing[:10])
             + "\nUse the same dials, or start without ckpt_path"
         )
-    return path
+    return saved
 
 
 def _prepare_folder(folder: Path, plain: dict[str, Any], *, resume: bool) -> None:

@@ -56,11 +56,17 @@ def _pixels(image_processor: Any, image: Image) -> Tensor:
     return values
 
 
-def save_bundle(bundle: ModelBundle, folder: Path, provenance: dict[str, Any] | None = None) -> None:
+def save_bundle(
+    bundle: ModelBundle,
+    folder: Path,
+    provenance: dict[str, Any] | None = None,
+    state_dict: dict[str, Tensor] | None = None,
+) -> None:
     """Write a whole Hugging Face folder; it appears complete or not at all, and replaces an older one.
 
     Args:
         provenance: noted in the `ders` section of an upcycled model's `config.json`; nothing ever acts on it.
+        state_dict: the weights, where the model itself holds only pieces of them.
     """
     section = getattr(bundle.model.config, "quantization_config", None)
     if section is not None:
@@ -69,7 +75,7 @@ def save_bundle(bundle: ModelBundle, folder: Path, provenance: dict[str, Any] | 
             **data | ({"provenance": provenance} if provenance else {})
         )
     with new_folder(folder, overwrite=True) as unfinished:
-        bundle.model.save_pretrained(unfinished)
+        bundle.model.save_pretrained(unfinished, state_dict=state_dict)
         bundle.processor.save_pretrained(unfinished)
 
 
@@ -98,27 +104,53 @@ def load_bundle(folder: Path, dtype: torch.dtype | str = "auto") -> ModelBundle:
         ModelFolderError: the folder is missing, incomplete or corrupt.
     """
     config = read_config(folder)
-    has_images = hasattr(config, "vision_config")
-    auto_model = AutoModelForImageTextToText if has_images else AutoModelForCausalLM
+    auto_model = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
     try:
         # Weights in safetensors only, and no code from the folder.
         model, report = auto_model.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
-        processor = (AutoProcessor if has_images else AutoTokenizer).from_pretrained(folder, trust_remote_code=False)
     except ModelFolderError:
         raise
     except Exception as error:  # safetensors, json and torch each raise their own on a damaged file
         raise ModelFolderError(f"{folder}: cannot be loaded: {error}") from error
-    bundle = ModelBundle(model, processor)
-    if bundle.tokenizer.pad_token is None:
-        if bundle.tokenizer.eos_token is None:
-            raise ModelFolderError(f"{folder}: its tokenizer has neither a pad token nor an end-of-sequence token")
-        bundle.tokenizer.pad_token = bundle.tokenizer.eos_token  # padding is masked: any token serves
+    bundle = ModelBundle(model, _processor(folder, config))
     lost = [f"{what} {sorted(report[what])[:3]}" for what in ("missing_keys", "unexpected_keys") if report[what]]
     if lost:
         raise ModelFolderError(f"{folder}: the weights do not fit config.json: {'; '.join(lost)}")
     return bundle
+
+
+def dense_from_config(config: Any, device: str = "meta") -> nn.Module:
+    """A model of a configuration's class; on the meta device, as by default, its shapes alone."""
+    auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+    with torch.device(device):
+        model: nn.Module = auto.from_config(config)
+    return model
+
+
+def outline_bundle(folder: Path) -> ModelBundle:
+    """A dense model folder's shapes, on the meta device, with its processor.
+
+    Raises:
+        ModelFolderError: the folder is missing, or cannot be read.
+    """
+    config = read_config(folder)
+    return ModelBundle(dense_from_config(config), _processor(folder, config))
+
+
+def _processor(folder: Path, config: Any) -> Any:
+    kind = AutoProcessor if hasattr(config, "vision_config") else AutoTokenizer
+    try:
+        processor = kind.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise ModelFolderError(f"{folder}: its processor cannot be loaded: {error}") from error
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ModelFolderError(f"{folder}: its tokenizer has neither a pad token nor an end-of-sequence token")
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked: any token serves
+    return processor
 
 
 def weights_sha256(folder: Path) -> str:

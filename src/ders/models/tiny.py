@@ -138,10 +138,3 @@ class TinyLlava(TinyLM):
             vision_feature_select_strategy="default",
             num_additional_image_tokens=1,
         )
-
-
-def dense_from_config(config: Any) -> nn.Module:
-    """A model of a configuration's class on the meta device: its shapes alone."""
-    auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
-    with torch.device("meta"):
-        return auto.from_config(config)

@@ -74,6 +74,8 @@ class Router(nn.Module):
             raise ValueError(f"top_k must be between 1 and num_experts={num_experts}: got {top_k}")
         self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
         self.frozen, self.seed = frozen, seed
+        # False where an optimizer keeps fp32 masters of weights that must all be of one type.
+        self.keeps_fp32 = True
 
     def drawn(self, out_features: int, in_features: int, name: str = "router") -> nn.Parameter:
         """A weight (O, I) in fp32, uniform in ±1/√I as torch's linear layers, by seed and name alone."""
@@ -88,7 +90,7 @@ class Router(nn.Module):
         # Weights stay in fp32 when the model is cast to half precision: bf16 ties make experts swap between runs.
         before = {name: parameter.data for name, parameter in self.named_parameters()}
         super()._apply(fn, recurse)
-        for name, parameter in self.named_parameters():
+        for name, parameter in self.named_parameters() if self.keeps_fp32 else ():
             if parameter.dtype in (torch.bfloat16, torch.float16) and not parameter.is_meta:
                 parameter.data = before[name].to(parameter.device)
         return self

@@ -6,15 +6,35 @@ from pathlib import Path
 from typing import Any
 
 # What says where, how long and how fast, not what: changing it must find the same folder again.
-_NOT_IDENTITY = ("ckpt_path", "skip_completed", "output_dir", "logger", "experiments", "execution")
+_NOT_IDENTITY = (
+    "ckpt_path",
+    "skip_completed",
+    "keep_checkpoints",
+    "output_dir",
+    "logger",
+    "experiments",
+    "hparams_search",
+    "execution",
+)
 _TRAINER_LIMITS = ("max_steps", "max_time", "log_every_n_steps")
+# Dials that came after the first records, at the values that change nothing: with them a run is the run it was before.
+_WITHOUT_EFFECT = {"export": "last", "skip_spikes": None}
 
 
 def identity(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a resolved configuration that decides a run's result."""
-    kept = {key: value for key, value in config.items() if key not in _NOT_IDENTITY}
+    kept = {
+        key: value
+        for key, value in config.items()
+        if key not in _NOT_IDENTITY and (key, value) not in _WITHOUT_EFFECT.items()
+    }
     trainer = {k: v for k, v in config.get("trainer", {}).items() if k not in _TRAINER_LIMITS}
     return {**kept, "trainer": trainer}
+
+
+def without_trainer(identity: dict[str, Any]) -> dict[str, Any]:
+    """What must be the same to continue a run's training, be it on other processes."""
+    return {key: value for key, value in identity.items() if key != "trainer"}
 
 
 def digest(data: Any) -> str:

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import os
 import resource
 import sys
 import time
@@ -11,9 +10,7 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, Checkpoint
-from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from ders.kernels import global_sum
@@ -119,47 +116,3 @@ class PlainProgress(Callback):
             loss = trainer.callback_metrics.get("train/loss")
             shown = "" if loss is None else f"  loss {float(loss):.4f}"
             print(f"{self.label}: step {step}/{total}{shown}  {seconds:.0f} s, {left:.0f} s left", file=sys.stderr)
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoints appear whole or not at all: a crash or a full disk while saving leaves the previous one."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        try:
-            with partial.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-        except (OSError, RuntimeError) as error:
-            partial.unlink(missing_ok=True)
-            raise OSError(
-                f"could not save {path} ({error}). Free some space and continue with ckpt_path=last: the checkpoint "
-                "before this one is intact"
-            ) from error
-        partial.replace(path)
-
-
-class LastCheckpoint(Checkpoint):
-    """Saves every n optimizer steps and where training ends, over the checkpoint before. Lightning runs it last.
-
-    Logged rows are written out first, so a resumed run finds all rows up to its checkpoint.
-    """
-
-    def __init__(self, path: Path, every_n_steps: int) -> None:
-        self.path, self.every_n_steps, self.saved = path, every_n_steps, 0
-
-    def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
-        self.saved = trainer.global_step
-
-    def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, *_: Any) -> None:
-        step = trainer.global_step
-        ending = trainer.should_stop or step == trainer.max_steps
-        if step != self.saved and (step % self.every_n_steps == 0 or ending):
-            for logger in trainer.loggers:
-                if isinstance(logger, CSVLogger):
-                    logger.save()
-            trainer.save_checkpoint(self.path, weights_only=False)  # the optimizer, too
-            self.saved = step

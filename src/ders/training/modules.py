@@ -1,5 +1,7 @@
 """What a training step computes."""
 
+import statistics
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +15,8 @@ from ders.kernels import global_sum, stable_hash
 from ders.models.bundle import ModelBundle
 from ders.models.generation import generate_answers
 from ders.moe import Routing, moe_layers, take_routings
+from ders.training.building import Blueprint, local_tensors
+from ders.training.strategies import is_sharded
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -28,17 +32,26 @@ class StageModule(lightning.LightningModule):
         num_steps: optimizer steps of the whole stage, by which the schedule is laid out.
         seed: of everything random inside a step.
         identity: plain data stored in every checkpoint, to recognise another configuration's.
+        skip_spikes: see `guarded`; None takes every step.
     """
+
+    # A checkpoint holds what trains, and nothing else.
+    strict_loading = False
 
     def __init__(
         self,
+        bundle: ModelBundle,
         optimizer: Callable[..., Any],
         schedule: Callable[..., Any],
         num_steps: int,
         seed: int,
         identity: dict[str, Any],
+        skip_spikes: float | None = None,
     ) -> None:
         super().__init__()
+        self.bundle = bundle
+        self.skip_spikes = skip_spikes
+        self.recent_losses: deque[float] = deque(maxlen=100)
         self.make_optimizer, self.make_schedule, self.num_steps = optimizer, schedule, num_steps
         self.seed, self.identity = seed, identity
 
@@ -52,35 +65,64 @@ class StageModule(lightning.LightningModule):
         torch.manual_seed(stable_hash(self.seed, "batch", batch_idx, self.global_rank))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # A step can ruin the weights one step before the loss shows it: such a checkpoint must not replace a good one.
-        ruined = [n for n, p in self.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
-        if ruined:
-            raise NonFiniteLossError(
-                f"after step {self.global_step} {len(ruined)} weights are not finite, among them {ruined[0]}: not "
-                "saved. The last good checkpoint is kept: lower the learning rate or clip gradients, and start again"
-            )
-        checkpoint["ders_identity"] = self.identity
-        # Lightning logs a step's row after the callbacks that save: a process killed in between would lose it.
-        row = {key: float(value) for key, value in self.trainer.callback_metrics.items() if key.startswith("train/")}
-        checkpoint["ders_last_row"] = row
-        checkpoint["ders_accumulate"] = self.trainer.accumulate_grad_batches
+        # Frozen weights are the parent's, which whoever continues this run has.
+        trainable = {name for name, p in self.named_parameters() if p.requires_grad}
+        state = checkpoint.get("state_dict", {})
+        checkpoint["state_dict"] = {name: tensor for name, tensor in state.items() if name in trainable}
+        checkpoint["ders_recent_losses"] = list(self.recent_losses)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # Lightning counts micro-batches through: another number of them would mix two steps' rows from here on.
-        before, now = checkpoint["ders_accumulate"], self.trainer.accumulate_grad_batches
-        if before != now:
-            raise ValueError(
-                f"the checkpoint was written with {before} micro-batches a step, and on these devices there are {now}: "
-                "continue on as many devices as before, or set device_batch_size so that their number is the same"
+        self.recent_losses.extend(checkpoint["ders_recent_losses"])
+        expected = {name for name, p in self.named_parameters() if p.requires_grad}
+        if checkpoint.get("state_dict") and set(checkpoint["state_dict"]) != expected:
+            differing = sorted(set(checkpoint["state_dict"]) ^ expected)
+            raise ValueError(f"the checkpoint holds other weights than train here, among them {differing[0]}")
+
+    def refuse_ruined_weights(self) -> None:
+        """A step can ruin the weights one step before the loss shows it: they must not replace a good checkpoint.
+
+        Raises:
+            NonFiniteLossError: on all processes, if the weights of one are not finite.
+        """
+        ruined = [name for name, tensor in local_tensors(self) if not torch.isfinite(tensor).all()]
+        if global_sum(torch.tensor(len(ruined), device=self.device)):
+            where = f", among them {ruined[0]}" if ruined else " on another process"
+            raise NonFiniteLossError(
+                f"after step {self.global_step} {len(ruined) or 'some'} weights are not finite{where}: not saved. "
+                f"{self._advice()}"
             )
 
-    def refuse_non_finite(self, loss: Tensor) -> None:
+    def guarded(self, loss: Tensor, batch_idx: int) -> Tensor:
+        """The loss of a micro-batch; times zero where it is a spike.
+
+        With `skip_spikes`, a loss so many times the median of the last hundred is a spike, and its gradient is dropped:
+        the step is taken all the same, on the optimizer's momentum, so that the order of the data stays.
+
+        Raises:
+            NonFiniteLossError: on all processes, if the loss of one is not finite.
+        """
         # All processes stop together: one that stopped alone would leave the others waiting.
-        if global_sum((~torch.isfinite(loss)).int()):
+        total = global_sum(loss)
+        if not torch.isfinite(total):
+            rows = self.trainer.datamodule.rows_of(batch_idx)  # type: ignore[attr-defined]
             raise NonFiniteLossError(
-                f"the loss became {loss.item()} at step {self.global_step}. The last good checkpoint is kept: lower "
-                "the learning rate or clip gradients, and start again"
+                f"the loss became {total.item()} at step {self.global_step}, on rows {rows} of the training split. "
+                f"{self._advice()}"
             )
+        if self.skip_spikes is None:
+            return loss
+        mean = total.item() / self.trainer.world_size
+        if len(self.recent_losses) >= 10 and mean > self.skip_spikes * statistics.median(self.recent_losses):
+            self.log("train/skipped_spike", mean)
+            return loss * 0
+        self.recent_losses.append(mean)
+        return loss
+
+    def _advice(self) -> str:
+        saver: Any = self.trainer.checkpoint_callback
+        newest = None if saver is None else saver.newest()
+        kept = "No checkpoint was written before" if newest is None else f"The last good checkpoint is {newest}"
+        return f"{kept}: lower the learning rate or clip gradients, and start again"
 
 
 class LanguageModule(StageModule):
@@ -90,25 +132,57 @@ class LanguageModule(StageModule):
     many processes share them.
 
     Args:
-        bundle: model and tokenizer; what is trainable is already set.
+        bundle: model and tokenizer; what is trainable is already set. With a blueprint, the model's shapes are enough.
+        blueprint: from which the model is built where it trains.
+        gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
         router_loss_coef: multiplies the sum of the layers' router losses (MoE-LLaVA: 0.01).
         max_answer_tokens: longest answer validation generates.
     """
 
-    def __init__(self, bundle: ModelBundle, *, router_loss_coef: float, max_answer_tokens: int, **shared: Any) -> None:
-        super().__init__(**shared)
+    def __init__(
+        self,
+        bundle: ModelBundle,
+        *,
+        blueprint: Blueprint | None = None,
+        gradient_checkpointing: bool = False,
+        router_loss_coef: float,
+        max_answer_tokens: int,
+        **shared: Any,
+    ) -> None:
+        super().__init__(bundle, **shared)
         self.model, self.tokenizer = bundle.model, bundle.tokenizer
+        self.blueprint, self.gradient_checkpointing = blueprint, gradient_checkpointing
         self.router_loss_coef, self.max_answer_tokens = router_loss_coef, max_answer_tokens
         # What each layer's router did since somebody last looked: choices per expert (E,).
         self.choices: dict[str, Tensor] = {}
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def cpu(self) -> "LanguageModule":
+        # Lightning clears the device after an error, which may come before there are weights to move.
+        return self if self.blueprint is not None else super().cpu()
+
+    def configure_model(self) -> None:
+        if self.blueprint is not None:
+            trains = {name: p.requires_grad for name, p in self.model.named_parameters()}
+            model = self.blueprint.build(self.trainer.strategy)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(trains[name])
+            self.bundle.model = self.model = model.train()
+            self.blueprint = None
+        if self.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+
+    def _answer_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Over the answer tokens of all processes: the mean over the processes is the mean over the tokens."""
         batch = dict(batch)
         labels = batch.pop("labels")
         logits = self.model(**batch, use_cache=False).logits[:, :-1]
         num_answer_tokens = (labels[:, 1:] >= 0).sum()
         share = self.trainer.world_size / global_sum(num_answer_tokens).clamp(min=1)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum") * share
+        return F.cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum") * share
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        untouched = None if "pixel_values" in batch else self._untouched()
+        loss = self._answer_loss(batch)
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         routings = take_routings(self.model)
         if routings:
@@ -117,10 +191,9 @@ class LanguageModule(StageModule):
             self._count_choices(routings, mask_T)
             self.log("train/router_loss", router_loss, sync_dist=True)
             loss = loss + self.router_loss_coef * router_loss
-        if "pixel_values" not in batch:
-            loss = loss + self._untouched()
-        self.refuse_non_finite(loss)
-        return loss
+        if untouched is not None:
+            loss = loss + untouched
+        return self.guarded(loss, batch_idx)
 
     def _router_loss(self, routings: dict[str, Routing], mask_T: Tensor) -> Tensor:
         layers = moe_layers(self.model)
@@ -136,6 +209,12 @@ class LanguageModule(StageModule):
     def _untouched(self) -> Tensor:
         # A text-only batch never meets the projector. Every process must touch every parameter in every step, or
         # distributed training waits for ever for its gradient.
+        if is_sharded(self.trainer.strategy) and hasattr(self.model.config, "vision_config"):
+            # And where weights are divided, every process must ask for them, in the same order: before the text.
+            size, dtype = self.model.config.vision_config.image_size, next(self.model.parameters()).dtype
+            blank = torch.zeros(1, 3, size, size, device=self.device, dtype=dtype)
+            features = self.model.model.get_image_features(pixel_values=blank).pooler_output
+            return sum((image.sum() * 0 for image in features), torch.zeros((), device=self.device))
         idle = [p for n, p in self.model.named_parameters() if "multi_modal_projector" in n and p.requires_grad]
         return sum((p.sum() * 0 for p in idle), torch.zeros((), device=self.device))
 
@@ -143,6 +222,11 @@ class LanguageModule(StageModule):
         take_routings(self.model)  # activation checkpointing runs layers again in the backward pass
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        if "labels" in batch:  # no process could generate an answer alone
+            loss = self._answer_loss(batch)
+            take_routings(self.model)
+            self.log("val/loss", loss, prog_bar=True, sync_dist=True, on_epoch=True, batch_size=len(batch["labels"]))
+            return
         answers = generate_answers(self.model, self.tokenizer, batch["inputs"], self.max_answer_tokens)
         take_routings(self.model)
         correct = [is_correct(a, item["answer"]) for a, item in zip(answers, batch["items"], strict=True)]
@@ -161,7 +245,7 @@ class TowerModule(StageModule):
     """
 
     def __init__(self, bundle: ModelBundle, *, num_classes: int, **shared: Any) -> None:
-        super().__init__(**shared)
+        super().__init__(bundle, **shared)
         config = bundle.model.config
         self.tower = bundle.model.model.vision_tower
         self.feature_layer = config.vision_feature_layer
@@ -177,8 +261,7 @@ class TowerModule(StageModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss = F.cross_entropy(self._logits(batch), batch["labels"].flatten())
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
-        self.refuse_non_finite(loss)
-        return loss
+        return self.guarded(loss, batch_idx)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         labels = batch["labels"].flatten()

@@ -53,15 +53,25 @@ class StageData:
     validation: Dataset[Any] | None = None
     collate_validation: Callable[[list[Any]], Any] | None = None
     validation_batch_size: int = 64
+    validation_by_loss: Dataset[Any] | None = None
 
-    def validation_loader(self, rank: int, world_size: int) -> DataLoader[Any] | None:
-        if self.validation is None:
+    def validation_loader(self, rank: int, world_size: int, *, by_loss: bool = False) -> DataLoader[Any] | None:
+        """Rows of one process.
+
+        Args:
+            by_loss: with the answers to be expected, like training rows, and as many on every process: the first rows
+                again on those that would have one less.
+        """
+        rows = self.validation_by_loss if by_loss else self.validation
+        if rows is None:
             return None
+        num_rows = len(rows)  # type: ignore[arg-type]
+        end = math.ceil(num_rows / world_size) * world_size if by_loss else num_rows
         return DataLoader(
-            self.validation,
+            rows,
             batch_size=self.validation_batch_size,
-            sampler=range(rank, len(self.validation), world_size),  # type: ignore[arg-type]
-            collate_fn=self.collate_validation,
+            sampler=[row % num_rows for row in range(rank, end, world_size)],
+            collate_fn=self.collate if by_loss else self.collate_validation,
         )
 
 
@@ -77,6 +87,7 @@ class Stage:
         accumulate: micro-batches a step is split into.
         device_batch_size: rows of a micro-batch instead: `accumulate` follows from it and the number of devices.
         num_workers: processes that read images ahead of training; 0 for none.
+        data_timeout: seconds to wait for one of them before the job ends with an error.
         split: of the data, on which this stage trains.
         skip: why this stage has nothing to do in a recipe; None where it has.
         optimizer: partial of a torch optimizer.
@@ -94,6 +105,7 @@ class Stage:
     accumulate: int = 1
     device_batch_size: int | None = None
     num_workers: int = 0
+    data_timeout: float = 300
     split: str = "train"
     skip: str | None = None
     gradient_clip: float | None = 1.0
@@ -146,19 +158,19 @@ class Stage:
     def data(self, bundle: ModelBundle, source: DataSource, prepared: PreparedData) -> StageData:
         raise NotImplementedError
 
-    def module(
-        self, bundle: ModelBundle, source: DataSource, prepared: PreparedData, seed: int, identity: dict[str, Any]
-    ) -> StageModule:
-        """The Lightning module; sets what is trainable."""
+    def module(self, bundle: ModelBundle, source: DataSource, prepared: PreparedData, **how: Any) -> StageModule:
+        """The Lightning module; sets what is trainable.
+
+        Args:
+            how: of `StageModule`: `seed`, `identity`, and what it takes besides.
+        """
         raise NotImplementedError
 
-    def _shared(self, seed: int, identity: dict[str, Any]) -> dict[str, Any]:
+    def _shared(self) -> dict[str, Any]:
         return {
             "optimizer": self.optimizer,
             "schedule": self.schedule,
             "num_steps": self.steps,
-            "seed": seed,
-            "identity": identity,
         }
 
 
@@ -198,19 +210,18 @@ class LanguageStage(Stage):
             validation=Questions(prepared.split("val"), val_encoder, pixels) if validates else None,
             collate_validation=functools.partial(collate_questions, pad_id=pad_id),
             validation_batch_size=source.eval_batch_size,
+            validation_by_loss=Conversations(prepared.split("val"), val_encoder, pixels) if validates else None,
         )
 
-    def module(
-        self, bundle: ModelBundle, source: DataSource, prepared: PreparedData, seed: int, identity: dict[str, Any]
-    ) -> LanguageModule:
+    def module(self, bundle: ModelBundle, source: DataSource, prepared: PreparedData, **how: Any) -> LanguageModule:
         set_trainable(bundle.model, self.trainable, rest=self.train_rest)
-        if self.gradient_checkpointing:
-            bundle.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         return LanguageModule(
             bundle,
+            gradient_checkpointing=self.gradient_checkpointing,
             router_loss_coef=self.router_loss_coef,
             max_answer_tokens=source.max_answer_tokens,
-            **self._shared(seed, identity),
+            **self._shared(),
+            **how,
         )
 
 
@@ -235,11 +246,9 @@ class TowerStage(Stage):
             validation_batch_size=source.eval_batch_size,
         )
 
-    def module(
-        self, bundle: ModelBundle, source: DataSource, prepared: PreparedData, seed: int, identity: dict[str, Any]
-    ) -> TowerModule:
+    def module(self, bundle: ModelBundle, source: DataSource, prepared: PreparedData, **how: Any) -> TowerModule:
         set_trainable(bundle.model, self.trainable)
-        return TowerModule(bundle, num_classes=prepared.num_classes, **self._shared(seed, identity))
+        return TowerModule(bundle, num_classes=prepared.num_classes, **self._shared(), **how)
 
 
 class LabelledImages(Dataset[tuple[Tensor, list[int]]]):

@@ -1,7 +1,9 @@
 """Replacing dense FFNs by MoE layers."""
 
+import contextlib
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +98,7 @@ def upcycle(
     extended: bool = False,
     router_weights: str | Path | None = None,
     seed: int = 0,
+    gathered: Callable[[nn.Module], AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> UpcyclingSummary:
     """Turn chosen FFNs of a dense model into MoE layers, in place.
 
@@ -115,6 +118,7 @@ def upcycle(
         extended: let that FFN be one more delta over the shared base.
         router_weights: a file of `save_routers`: routers that were trained beforehand.
         seed: root of everything random.
+        gathered: context in which the weights of the FFN it is given are whole, where they are divided among processes.
 
     Returns:
         A summary; its `str()` is one line.
@@ -139,25 +143,33 @@ def upcycle(
     )
     # Read before anything is replaced: a file that does not fit leaves the model as it was.
     trained = None if router_weights is None else read_routers(router_weights, upcycling.layers)
-    return apply(model, upcycling, trained)
+    return apply(model, upcycling, trained, gathered)
 
 
 def apply(
-    model: nn.Module, upcycling: Upcycling, router_weights: dict[int, dict[str, Tensor]] | None = None
+    model: nn.Module,
+    upcycling: Upcycling,
+    router_weights: dict[int, dict[str, Tensor]] | None = None,
+    gathered: Callable[[nn.Module], AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> UpcyclingSummary:
     """Do to a dense model what an `Upcycling` says; on the meta device only shapes are built.
 
     Args:
         router_weights: each layer's router as trained beforehand, by layer index.
+        gathered: as of `upcycle`.
     """
     if moe_layers(model):
         raise ValueError("this model has MoE layers already: upcycle the dense model it came from")
     _, decoder, family = find_decoder(model)
     blocks = getattr(decoder, family.layers)
     # All new layers are built before the first is put in: an error leaves the model as it was.
-    replaced = {index: _build_layer(blocks[index], family, upcycling, index) for index in upcycling.layers}
+    replaced = {}
+    for index in upcycling.layers:
+        with gathered(getattr(blocks[index], family.mlp)):
+            replaced[index] = _build_layer(blocks[index], family, upcycling, index)
     for index, weights in (router_weights or {}).items():
-        load_router(replaced[index].router, weights, index)
+        with gathered(replaced[index].router):
+            load_router(replaced[index].router, weights, index)
     for index, layer in replaced.items():
         setattr(blocks[index], family.mlp, layer)
     config: Any = getattr(model, "config", None)

@@ -1,0 +1,170 @@
+"""Stopping: on a signal, and when another process of the job is gone."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies.launchers import subprocess_script
+
+from ders.kernels import global_sum
+from ders.training.checkpoints import Checkpoints
+
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# Seconds a process has to say what happened, once another of its job is gone.
+GRACE = 20.0
+
+
+class Interrupted(Exception):
+    """A signal ended training; what `signum` says."""
+
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(message)
+        self.signum = signum
+
+
+class StopOnSignal(Callback):
+    """SIGTERM, SIGINT or SIGUSR1 to any process saves after the step in progress and ends all of them.
+
+    These are what schedulers send before they kill, and Ctrl-C; a second one ends the process at once.
+
+    Args:
+        checkpoints: what saves; None where nothing is kept.
+
+    Raises:
+        Interrupted: on all processes, once the checkpoint is written.
+    """
+
+    def __init__(self, checkpoints: Checkpoints | None) -> None:
+        self.checkpoints, self.received, self.handlers = checkpoints, 0, {}
+
+    def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
+        # Lightning has put its own in place by now: they would end the job, or broadcast from within a handler.
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {signum: signal.signal(signum, self._receive) for signum in STOPPING}
+
+    def _receive(self, signum: int, frame: FrameType | None) -> None:
+        if self.received:
+            os._exit(128 + signum)
+        self.received = signum
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, *_: Any) -> None:
+        stepped = trainer.fit_loop.epoch_loop.batch_progress.current.ready % trainer.accumulate_grad_batches == 0
+        if not stepped or trainer.global_step == trainer.max_steps:
+            return
+        signals = torch.zeros(signal.NSIG, dtype=torch.int, device=module.device)
+        signals[self.received] = 1
+        heard = global_sum(signals)[1:].nonzero().flatten().tolist()
+        if not heard:
+            return
+        signum = heard[0] + 1
+        if self.checkpoints is not None and self.checkpoints.saved != trainer.global_step:
+            self.checkpoints.save(trainer, module)
+        raise Interrupted(
+            signum,
+            f"{signal.Signals(signum).name} stopped training after step {trainer.global_step} of {trainer.max_steps}; "
+            "continue with ckpt_path=last",
+        )
+
+    def teardown(self, trainer: lightning.Trainer, module: Any, stage: str) -> None:
+        self._restore()
+
+    def on_exception(self, trainer: lightning.Trainer, module: Any, exception: BaseException) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for signum, handler in self.handlers.items():
+            signal.signal(signum, handler)
+        self.handlers = {}
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM raises in here, as Ctrl-C does, so that what runs can clean up and write its record."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise Interrupted(signum, f"{signal.Signals(signum).name} came before training began, or after it ended")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def watch_children(children: list[subprocess.Popen[bytes]]) -> None:
+    """End this process when one of its children fails, after it had the time to fail by itself.
+
+    A collective operation over TCP fails at once when its peer dies; one over NCCL may wait for ever.
+    """
+
+    def watch() -> None:
+        while True:
+            codes = [child.poll() for child in children]
+            failed = [(rank, code) for rank, code in enumerate(codes, 1) if code]
+            if failed:
+                break
+            if all(code == 0 for code in codes):
+                return
+            time.sleep(0.5)
+        time.sleep(GRACE)
+        rank, code = failed[0]
+        print(
+            f"error: process {rank} of this job ended with code {code}, and the others still wait for it: all are "
+            "stopped. Its own message stands above; continue with ckpt_path=last",
+            file=sys.stderr,
+            flush=True,
+        )
+        for child in children:
+            child.kill()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="watch-children").start()
+
+
+# Lightning's observer kills this process within seconds, in the middle of the record it may be writing.
+subprocess_script._launch_process_observer = watch_children
+
+
+def die_with_parent() -> None:
+    """End this process soon after the one that started it: nobody else would, were that one killed."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        time.sleep(1.0)
+        print("error: the first process of this job is gone: this one ends too", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="watch-parent").start()
+
+
+def started_by_lightning() -> bool:
+    """Whether this is one of the further processes that a job's first one started."""
+    return int(os.environ.get("LOCAL_RANK", 0)) > 0 and "TORCHELASTIC_RUN_ID" not in os.environ and not _under_slurm()
+
+
+def _under_slurm() -> bool:
+    return int(os.environ.get("SLURM_NTASKS", 1)) > 1
+
+
+def is_first_process() -> bool:
+    """Whether this is the one process of a job that writes; known before any of them talk to each other."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return os.environ["RANK"] == "0"
+    if _under_slurm():
+        return os.environ["SLURM_PROCID"] == "0"
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
