@@ -34,6 +34,7 @@ from ders.reporting.identity import differences, identity, run_folder
 from ders.training import Stage
 from ders.training.callbacks import peak_gib, reset_peak
 from ders.training.fit import fit, seed_everything
+from ders.training.loggers import ForgivingLogger, report
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +142,7 @@ def _train_and_score(
     stage: Stage = instantiate(config.stage.moe).sized(prepared)
     module = stage.module(bundle, source, prepared, config.seed, identity(plain))
     results.update(vars(count_parameters(bundle.model)))
-    with _loggers(config, plain, folder) as loggers:
+    with _loggers(config, plain, folder, checkpoint) as loggers:
         trainer = fit(
             stage,
             module,
@@ -154,16 +155,17 @@ def _train_and_score(
             max_steps=config.trainer.max_steps,
             ckpt_path=checkpoint,
         )
-    if trainer.is_global_zero:
-        results["peak_gib"] = peak_gib()  # of the training: what is loaded to score it comes later
-        _wait_for_children(trainer)
-        bundle.model.cpu()
-        save_bundle(bundle, folder / "model", _provenance(config, source, prepared, parent))
-        results["stored_bytes"] = stored_bytes(folder / "model")
-        device = trainer.strategy.root_device
-        results["metrics"] = score_folder(folder, source, prepared, device) | parent_scores(parent)
-        draw_run(folder)
-        results["wall_seconds"] = round(time.perf_counter() - started, 2)
+        if trainer.is_global_zero:
+            results["peak_gib"] = peak_gib()  # of the training: what is loaded to score it comes later
+            _wait_for_children(trainer)
+            bundle.model.cpu()
+            save_bundle(bundle, folder / "model", _provenance(config, source, prepared, parent))
+            results["stored_bytes"] = stored_bytes(folder / "model")
+            device = trainer.strategy.root_device
+            results["metrics"] = score_folder(folder, source, prepared, device) | parent_scores(parent)
+            draw_run(folder)
+            report(loggers, folder, results["metrics"], trainer.global_step - 1)
+            results["wall_seconds"] = round(time.perf_counter() - started, 2)
     return trainer.global_step, stage.steps
 
 
@@ -199,18 +201,29 @@ def _belongs_to(override: str, plain: dict[str, Any]) -> bool:
 
 
 @contextlib.contextmanager
-def _loggers(config: DictConfig, plain: dict[str, Any], folder: Path) -> Iterator[list[Any]]:
+def _loggers(
+    config: DictConfig, plain: dict[str, Any], folder: Path, checkpoint: Path | None
+) -> Iterator[list[ForgivingLogger]]:
     """The loggers beside the CSV file, closed at the end: the next job of a sweep must not write into them."""
     if not config.logger or not is_first_process():
         yield []
         return
-    logger = instantiate(config.logger)(save_dir=folder, name=folder.name)
-    logger.log_hyperparams(plain)
+    state = (
+        torch.load(checkpoint, weights_only=True, mmap=True, map_location="cpu") if checkpoint else {"global_step": 0}
+    )
+    loggers = [
+        ForgivingLogger(label, instantiate(node)(folder=folder, name=folder.name, start=state["global_step"]))
+        for label, node in config.logger.items()
+    ]
+    status = "failed"
     try:
-        yield [logger]
+        for logger in loggers:
+            logger.log_hyperparams(plain)
+        yield loggers
+        status = "success"
     finally:
-        if hasattr(logger.experiment, "finish"):
-            logger.experiment.finish()
+        for logger in loggers:
+            logger.close(status)
 
 
 def _checkpoint(config: DictConfig, plain: dict[str, Any], folder: Path) -> Path | None:
