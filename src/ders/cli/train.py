@@ -208,11 +208,11 @@ def _loggers(
     if not config.logger or not is_first_process():
         yield []
         return
-    state = (
-        torch.load(checkpoint, weights_only=True, mmap=True, map_location="cpu") if checkpoint else {"global_step": 0}
-    )
+    start = 0
+    if checkpoint is not None:
+        start = torch.load(checkpoint, weights_only=True, mmap=True, map_location="cpu")["global_step"]
     loggers = [
-        ForgivingLogger(label, instantiate(node)(folder=folder, name=folder.name, start=state["global_step"]))
+        ForgivingLogger(label, instantiate(node)(folder=folder, name=folder.name, start=start))
         for label, node in config.logger.items()
     ]
     status = "failed"

@@ -1,6 +1,8 @@
 """A Weights & Biases run."""
 
+import errno
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -67,16 +69,22 @@ class WandbLogger(Logger):
         return self._run
 
     def _start(self) -> Any:
-        import wandb
-
         files = self.folder / "wandb"
         files.mkdir(parents=True, exist_ok=True)
         if not os.access(files, os.W_OK):
             raise PermissionError(f"{files} cannot be written")
-        # Only the environment says where wandb's service keeps its log and what it has yet to upload.
-        for key in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        # Only the environment, read at import in part, says where wandb's service keeps its log and what it has yet to
+        # upload, and that its own crashes are not to be reported to its makers.
+        service = str(files / "service")
+        for key, value in {
+            "WANDB_CACHE_DIR": service,
+            "WANDB_DATA_DIR": service,
+            "WANDB_ERROR_REPORTING": "false",
+        }.items():
             self._environment[key] = os.environ.get(key)
-            os.environ[key] = str(files / "service")
+            os.environ[key] = value
+        import wandb
+
         quiet = wandb.Settings(silent=True, console="off", x_service_wait=self.timeout)
         wandb.setup(quiet)  # silent also keeps it from asking for a key
         settings = wandb.Settings(
@@ -111,6 +119,8 @@ class WandbLogger(Logger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         # wandb's own step is the optimizer step: values of one step make one row, and a step it has it takes only once.
         self._last = self._last if step is None else step
+        if shutil.disk_usage(self.folder).free < 2**20:  # wandb's service would drop rows without a word
+            raise OSError(errno.ENOSPC, "No space left on device")
         self.experiment.log(metrics, step=self._last)
 
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -129,19 +139,17 @@ class WandbLogger(Logger):
         """The next run of this process begins with a service of its own, in its own folder."""
         import wandb
 
+        self._restore()
         if self._run is not None:
             self._run.finish(exit_code=0 if status == "success" else 1)
         wandb.teardown()
-        self._restore()
 
     def abandon(self) -> None:
         """Forget a service that may be dead: at exit, Python would wait for it otherwise."""
         import wandb
 
-        try:
-            wandb.teardown()
-        finally:
-            self._restore()
+        self._restore()
+        wandb.teardown()
 
     def _restore(self) -> None:
         for key, value in self._environment.items():
