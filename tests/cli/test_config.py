@@ -91,9 +91,12 @@ def test_a_gpu_trainer_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("logger", choices("logger"))
-def test_loggers(logger: str) -> None:
+def test_loggers(logger: str, tmp_path: Path) -> None:
     config = composed(f"logger={logger}")
-    assert not config.logger or instantiate(config.logger).keywords["log_model"] is False
+    built = {name: instantiate(node)(folder=tmp_path, name="run", start=0) for name, node in config.logger.items()}
+    assert set(built) == set(logger.split("_")) - {"csv"}
+    assert not list(tmp_path.iterdir())  # nothing starts before it is used
+    assert run_folder(to_plain(config), ROOT) == run_folder(to_plain(composed()), ROOT)
 
 
 @pytest.mark.parametrize("claim", sorted(file.stem for file in (ROOT / "experiments").glob("*.yaml")))

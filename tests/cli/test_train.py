@@ -128,7 +128,7 @@ def test_a_finished_run_is_skipped_on_request_and_an_old_attempt_is_kept(run_job
 
 def test_checkpoints_that_do_not_fit(run_job: Callable[..., Path], tmp_path: Path) -> None:
     for given in ("last", "best"):
-        with pytest.raises(UserError, match="no such checkpoint in .* Run without ckpt_path"):
+        with pytest.raises(UserError, match=r"no such checkpoint in .* Run without ckpt_path"):
             run_job("seed=11", f"ckpt_path={given}")
     checkpoint = run_job() / "checkpoints" / "step_000004"
     with pytest.raises(UserError, match=r"(?s)belongs to another configuration.*seed: 0 → 12"):

@@ -15,9 +15,8 @@ from ders.checkpoint import FolderWriter, Slot
 from ders.checkpoint.header import folder_bytes
 from ders.compression import compress_folder
 from ders.models import planning
-from ders.models.bundle import save_bundle, stored_bytes
+from ders.models.bundle import dense_from_config, save_bundle, stored_bytes
 from ders.models.planning import planned_bytes, planned_compressed_bytes
-from ders.models.bundle import dense_from_config
 
 DTYPES = [torch.float32, torch.bfloat16]
 METHODS: dict[str, Any] = {

@@ -90,6 +90,8 @@ def check(config: DictConfig) -> None:
             stage.schedule(stage.optimizer([torch.zeros(1, requires_grad=True)]), stage.max_steps or 1000)
         except (TypeError, ValueError) as error:
             raise UserError(f"stage.{name}: optimizer or schedule cannot be built: {error}") from error
+    for node in (config.logger or {}).values():
+        instantiate(node)(folder=Path(), name="")  # it starts with its first call, not here
     _check_devices(config)
 
 

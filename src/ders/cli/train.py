@@ -36,6 +36,7 @@ from ders.training.building import Blueprint
 from ders.training.callbacks import peak_gib, reset_peak
 from ders.training.checkpoints import CheckpointError, Saved, find, publish
 from ders.training.fit import fit, seed_everything
+from ders.training.loggers import ForgivingLogger, report
 from ders.training.processes import Interrupted, die_with_parent, is_first_process, started_by_lightning, terminable
 
 log = logging.getLogger(__name__)
@@ -166,7 +167,7 @@ def _train_and_score(
         skip_spikes=config.skip_spikes,
     )
     results.update(vars(count_parameters(bundle.model)))
-    with _loggers(config, plain, folder) as loggers:
+    with _loggers(config, plain, folder, checkpoint) as loggers:
         trainer = fit(
             stage,
             module,
@@ -181,15 +182,16 @@ def _train_and_score(
             provenance=_provenance(config, source, prepared, parent) if is_first_process() else None,
             keep_last=config.keep_checkpoints,
         )
-    if trainer.is_global_zero:
-        results["peak_gib"] = peak_gib()  # of the training: what is loaded to score it comes later
-        device = trainer.strategy.root_device
-        _wait_for_children(trainer)
-        _publish(config.export, folder)
-        results["stored_bytes"] = stored_bytes(folder / "model")
-        results["metrics"] = score_folder(folder, source, prepared, device) | parent_scores(parent)
-        draw_run(folder)
-        results["wall_seconds"] = round(time.perf_counter() - started, 2)
+        if trainer.is_global_zero:
+            results["peak_gib"] = peak_gib()  # of the training: what is loaded to score it comes later
+            device = trainer.strategy.root_device
+            _wait_for_children(trainer)
+            _publish(config.export, folder)
+            results["stored_bytes"] = stored_bytes(folder / "model")
+            results["metrics"] = score_folder(folder, source, prepared, device) | parent_scores(parent)
+            draw_run(folder)
+            report(loggers, folder, results["metrics"], trainer.global_step - 1)
+            results["wall_seconds"] = round(time.perf_counter() - started, 2)
     return trainer.global_step, stage.steps
 
 
@@ -234,18 +236,27 @@ def _belongs_to(override: str, plain: dict[str, Any]) -> bool:
 
 
 @contextlib.contextmanager
-def _loggers(config: DictConfig, plain: dict[str, Any], folder: Path) -> Iterator[list[Any]]:
+def _loggers(
+    config: DictConfig, plain: dict[str, Any], folder: Path, checkpoint: Path | None
+) -> Iterator[list[ForgivingLogger]]:
     """The loggers beside the CSV file, closed at the end: the next job of a sweep must not write into them."""
     if not config.logger or not is_first_process():
         yield []
         return
-    logger = instantiate(config.logger)(save_dir=folder, name=folder.name)
-    logger.log_hyperparams(plain)
+    start = 0 if checkpoint is None else checkpoint.step
+    loggers = [
+        ForgivingLogger(label, instantiate(node)(folder=folder, name=folder.name, start=start))
+        for label, node in config.logger.items()
+    ]
+    status = "failed"
     try:
-        yield [logger]
+        for logger in loggers:
+            logger.log_hyperparams(plain)
+        yield loggers
+        status = "success"
     finally:
-        if hasattr(logger.experiment, "finish"):
-            logger.experiment.finish()
+        for logger in loggers:
+            logger.close(status)
 
 
 def _checkpoint(config: DictConfig, plain: dict[str, Any], folder: Path) -> Saved | None:

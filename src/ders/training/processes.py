@@ -24,7 +24,7 @@ STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 GRACE = 20.0
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818 - nothing went wrong
     """A signal ended training; what `signum` says."""
 
     def __init__(self, signum: int, message: str) -> None:

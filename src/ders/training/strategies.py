@@ -1,6 +1,6 @@
 """How a model is spread over processes: DeepSpeed's ZeRO and torch's FSDP2, on GPUs or, over gloo, on a CPU.
 
-No expert parallelism: deltas are small and every process holds all of them, so every process touches the same tensors in
+No expert parallelism: deltas are small and every process has all of them, so every process touches the same tensors in
 every step, and none waits for experts that its tokens did not choose.
 """
 
@@ -57,7 +57,7 @@ class DeepSpeed(DeepSpeedStrategy):
         self.stage, self.offload = stage, offload
         # A torch optimizer, on the CPU too: one for all strategies, so that runs can be compared.
         self.config["zero_force_ds_cpu_optimizer"] = False  # type: ignore[index]
-        # Used for DeepSpeed's own throughput figures alone, which nobody reads; Lightning would look for it in the loader.
+        # Used for DeepSpeed's own throughput figures alone; Lightning would look for it in the loader.
         self.config["train_micro_batch_size_per_gpu"] = 1  # type: ignore[index]
 
     def setup_environment(self) -> None:
@@ -184,7 +184,7 @@ def refuse_other_state(saved: dict[str, Any], state: str, world_size: int) -> No
         return
     what = json.dumps({"there": f"{there[0]} × {there[1]}", "here": f"{here[0]} × {here[1]}"})
     raise ValueError(
-        f"the checkpoint's optimizer states are divided otherwise ({what}). ZeRO shards continue with the same stage on "
-        "the same number of processes only; one process, DDP and FSDP2 also on another number. Its model/ folder is "
-        "whole: start from it with parent=, or go on as it was started"
+        f"the checkpoint's optimizer states are divided otherwise ({what}). ZeRO shards continue with the same stage "
+        "on the same number of processes only; one process, DDP and FSDP2 also on another number. Its model/ folder is "
+        "whole: it can be scored, compressed and exported as it is"
     )
