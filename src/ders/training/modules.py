@@ -16,7 +16,7 @@ from ders.models.bundle import ModelBundle
 from ders.models.generation import generate_answers
 from ders.moe import Routing, moe_layers, take_routings
 from ders.training.building import Blueprint, local_tensors
-from ders.training.strategies import is_sharded
+from ders.training.strategies import FSDP2, DeepSpeed
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -173,7 +173,7 @@ class LanguageModule(StageModule):
 
     def _answer_loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Over the answer tokens of all processes: the mean over the processes is the mean over the tokens."""
-        batch = dict(batch)
+        batch = {key: tensor for key, tensor in batch.items() if key != "counted"}
         labels = batch.pop("labels")
         logits = self.model(**batch, use_cache=False).logits[:, :-1]
         num_answer_tokens = (labels[:, 1:] >= 0).sum()
@@ -181,18 +181,21 @@ class LanguageModule(StageModule):
         return F.cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum") * share
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        untouched = None if "pixel_values" in batch else self._untouched()
+        only_text = "pixel_values" not in batch and hasattr(self.model.config, "vision_config")
+        if only_text and isinstance(self.trainer.strategy, DeepSpeed | FSDP2):
+            batch, only_text = self._with_blank_picture(batch), False
         loss = self._answer_loss(batch)
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         routings = take_routings(self.model)
         if routings:
-            mask_T = batch["attention_mask"].flatten()
+            counted = batch.get("counted", batch["attention_mask"].new_ones(1))
+            mask_T = (batch["attention_mask"] * counted[:, None]).flatten()
             router_loss = self._router_loss(routings, mask_T)
             self._count_choices(routings, mask_T)
             self.log("train/router_loss", router_loss, sync_dist=True)
             loss = loss + self.router_loss_coef * router_loss
-        if untouched is not None:
-            loss = loss + untouched
+        if only_text:
+            loss = loss + self._untouched()
         return self.guarded(loss, batch_idx)
 
     def _router_loss(self, routings: dict[str, Routing], mask_T: Tensor) -> Tensor:
@@ -209,20 +212,37 @@ class LanguageModule(StageModule):
     def _untouched(self) -> Tensor:
         # A text-only batch never meets the projector. Every process must touch every parameter in every step, or
         # distributed training waits for ever for its gradient.
-        if is_sharded(self.trainer.strategy) and hasattr(self.model.config, "vision_config"):
-            # And where weights are divided, every process must ask for them, in the same order: before the text.
-            size, dtype = self.model.config.vision_config.image_size, next(self.model.parameters()).dtype
-            blank = torch.zeros(1, 3, size, size, device=self.device, dtype=dtype)
-            features = self.model.model.get_image_features(pixel_values=blank).pooler_output
-            return sum((image.sum() * 0 for image in features), torch.zeros((), device=self.device))
         idle = [p for n, p in self.model.named_parameters() if "multi_modal_projector" in n and p.requires_grad]
         return sum((p.sum() * 0 for p in idle), torch.zeros((), device=self.device))
+
+    def _with_blank_picture(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The text-only batch and one more row, a blank picture that no loss counts.
+
+        Where weights are divided, every process must ask for the same ones in the same order, the tower's among them.
+        And ZeRO sums gradients in the order in which they come: on a process where the projector's came at another
+        place, they would be added to other parameters'.
+        """
+        config, pad_id = self.model.config, self.tokenizer.pad_token_id
+        num_rows, length = batch["input_ids"].shape
+        wide = max(length, self.bundle.image_tokens)
+        picture = torch.arange(wide, device=self.device) < self.bundle.image_tokens
+        size = config.vision_config.image_size
+        dtype = next(self.model.parameters()).dtype
+        return {
+            "input_ids": _with_row(batch["input_ids"], picture * (config.image_token_id - pad_id) + pad_id, pad_id),
+            "attention_mask": _with_row(batch["attention_mask"], picture.to(batch["attention_mask"].dtype), 0),
+            "labels": _with_row(batch["labels"], torch.full_like(picture, -100, dtype=torch.long), -100),
+            "pixel_values": torch.zeros(1, 3, size, size, device=self.device, dtype=dtype),
+            "counted": torch.arange(num_rows + 1, device=self.device) < num_rows,
+        }
 
     def on_after_backward(self) -> None:
         take_routings(self.model)  # activation checkpointing runs layers again in the backward pass
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         if "labels" in batch:  # no process could generate an answer alone
+            if "pixel_values" not in batch and hasattr(self.model.config, "vision_config"):
+                batch = self._with_blank_picture(batch)
             loss = self._answer_loss(batch)
             take_routings(self.model)
             self.log("val/loss", loss, prog_bar=True, sync_dist=True, on_epoch=True, batch_size=len(batch["labels"]))
@@ -232,6 +252,11 @@ class LanguageModule(StageModule):
         correct = [is_correct(a, item["answer"]) for a, item in zip(answers, batch["items"], strict=True)]
         accuracy = torch.tensor(correct, dtype=torch.float32, device=self.device).mean()
         self.log("val/accuracy", accuracy, prog_bar=True, sync_dist=True, on_epoch=True, batch_size=len(correct))
+
+
+def _with_row(rows: Tensor, row: Tensor, fill: int) -> Tensor:
+    """(B, L), (W,) with W ≥ L → (B + 1, W)."""
+    return torch.cat([F.pad(rows, (0, len(row) - rows.shape[1]), value=fill), row[None].to(rows.dtype)])
 
 
 class TowerModule(StageModule):

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import lightning
 import torch
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch.accelerators import CPUAccelerator
@@ -187,4 +188,20 @@ def refuse_other_state(saved: dict[str, Any], state: str, world_size: int) -> No
         f"the checkpoint's optimizer states are divided otherwise ({what}). ZeRO shards continue with the same stage "
         "on the same number of processes only; one process, DDP and FSDP2 also on another number. Its model/ folder is "
         "whole: it can be scored, compressed and exported as it is"
+    )
+
+
+def make_trainer(strategy: str, *, devices: int = 1, precision: str = "32-true", **options: Any) -> lightning.Trainer:
+    """A trainer on CPUs.
+
+    Args:
+        strategy: `single`, `ddp`, `zero1`, `zero2`, `zero3` or `fsdp2`.
+    """
+    chosen: Any = {"single": "auto"}.get(strategy, strategy)
+    if strategy.startswith("zero"):
+        chosen = DeepSpeed(int(strategy[-1]), bucket_elements=1_000_000)
+    elif strategy == "fsdp2":
+        chosen = FSDP2()
+    return lightning.Trainer(
+        accelerator="cpu", devices=devices, strategy=chosen, precision=precision, log_every_n_steps=1, **options
     )
