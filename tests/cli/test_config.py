@@ -42,7 +42,7 @@ def test_no_yaml_is_forgotten() -> None:
     groups = {file.parent.relative_to(CONF).as_posix() for file in CONF.rglob("*.yaml")}
     assert groups == {
         ".", "method", "compression", "model", "data", "stage", "trainer", "logger", "optimizer", "schedule",
-        "upcycling", "recipe", "hydra/sweeper",
+        "upcycling", "recipe", "hydra/sweeper", "hydra/launcher", "hparams_search",
     }  # fmt: skip
 
 
@@ -96,6 +96,34 @@ def test_loggers(logger: str) -> None:
     assert not config.logger or instantiate(config.logger).keywords["log_model"] is False
 
 
+@pytest.mark.parametrize("launcher", choices("hydra/launcher"))
+def test_launchers(launcher: str) -> None:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("train", overrides=[f"hydra/launcher={launcher}"], return_hydra_config=True)
+    written = yaml.safe_load((CONF / "hydra" / "launcher" / f"{launcher}.yaml").read_text())
+    composed_ = OmegaConf.to_container(config.hydra.launcher)
+    # Every setting of the plug-in is written down, but for those that its schema alone holds.
+    assert {k: v for k, v in composed_.items() if k in written} == written
+    assert set(composed_) - set(written) <= {"backend"}
+    assert "submitit_folder" not in written or written["submitit_folder"].startswith("${hydra.sweep.dir}/")
+
+
+def test_slurm_is_told_when_to_warn_and_never_to_requeue(tmp_path: Path) -> None:
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    written = yaml.safe_load((CONF / "hydra" / "launcher" / "submitit_slurm.yaml").read_text())
+    ours = ("signal_delay_s", "additional_parameters", "array_parallelism")
+    script = _make_sbatch_string("true", str(tmp_path), map_count=3, **{key: written[key] for key in ours})
+    assert {"#SBATCH --no-requeue", "#SBATCH --signal=USR2@180", "#SBATCH --array=0-2%3"} <= set(script.splitlines())
+    assert written["max_num_timeout"] == 0
+
+
+@pytest.mark.parametrize("search", choices("hparams_search"))
+def test_a_search_changes_no_run(search: str) -> None:
+    assert to_plain(composed(f"hparams_search={search}")) == to_plain(composed())
+
+
 @pytest.mark.parametrize("claim", sorted(file.stem for file in (ROOT / "experiments").glob("*.yaml")))
 def test_claims(claim: str) -> None:
     text = (ROOT / "experiments" / f"{claim}.yaml").read_text()
@@ -117,7 +145,17 @@ def test_claims(claim: str) -> None:
     "file",
     [
         f
-        for g in ("method", "model", "data", "trainer", "logger", "recipe", "upcycling")
+        for g in (
+            "method",
+            "model",
+            "data",
+            "trainer",
+            "logger",
+            "recipe",
+            "upcycling",
+            "hydra/launcher",
+            "hparams_search",
+        )
         for f in sorted((CONF / g).iterdir())
     ],
 )

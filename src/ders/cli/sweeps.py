@@ -23,9 +23,10 @@ from rich.table import Table
 from ders.cli.apart import ERROR_FILE
 from ders.cli.app import ROOT, UserError, prepare_hydra, to_plain
 from ders.cli.compressed import is_first_process
+from ders.cli.dials import explain_unknown_key
 from ders.reporting import read_record
 from ders.reporting.identity import run_folder
-from ders.reporting.sweeps import SweepFolder, SweepJob, line, one_line, rows, summary
+from ders.reporting.sweeps import SweepFolder, SweepJob, dials_of, line, one_line, rows, summary
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,9 @@ class Sweep:
         """All jobs, in the order in which they are launched, then those that cannot be."""
         planned = [SweepJob(number, tuple(job)) for number, job in enumerate(jobs)]
         planned += [
-            SweepJob(len(jobs) + place, tuple(job)).ends("failed", str(error))
+            SweepJob(len(jobs) + place, tuple(job)).ends(
+                "failed", explain_unknown_key(error, ROOT / "conf", list(job)) or str(error)
+            )
             for place, (job, error) in enumerate(refused)
         ]
         self.folder.plan(planned)
@@ -56,10 +59,12 @@ class Sweep:
     def say(self) -> None:
         """A line for each job that ended since the last look."""
         with self._lock:
-            for job in self.folder.jobs():
+            jobs = self.folder.jobs()
+            for job in jobs:
                 if job.ended and job.number not in self._said:
                     self._said.add(job.number)
-                    print(line(job, len(self._said), self.folder.total), file=sys.stderr, flush=True)
+                    said = line(job, dials_of(jobs)[job.number], len(self._said), self.folder.total)
+                    print(said, file=sys.stderr, flush=True)
 
     def end(self) -> str | None:
         """Show the table; returns what to exit with where a job failed."""
@@ -77,11 +82,12 @@ class Sweep:
         failed = [job for job in jobs if job.status == "failed"]
         if not failed:
             return None
-        told = [f"  #{job.number} {job.run or ' '.join(job.overrides)}: {one_line(job.error)}" for job in failed]
+        dials = dials_of(jobs)
+        told = [f"  #{job.number} {dials[job.number]}: {one_line(job.error)}" for job in failed]
         return "\n".join(
             [
                 f"error: {len(failed)} of {len(jobs)} jobs failed. The same command with skip_completed=true runs only "
-                "those without a finished record",
+                "what has no finished record",
                 *told,
             ]
         )

@@ -115,15 +115,14 @@ COLUMNS = ("#", "run", "dials", "status", "accuracy", "validation", "time", "err
 
 def rows(jobs: list[SweepJob]) -> list[list[str]]:
     """Header and one row a job, as text; of the dials those that not all jobs share."""
-    shared = set.intersection(*(set(job.overrides) for job in jobs)) if len(jobs) > 1 else set()
-    table = [list(COLUMNS)]
+    dials, table = dials_of(jobs), [list(COLUMNS)]
     for job in jobs:
         since = "" if job.started is None else f" since {time.strftime('%H:%M:%S', time.localtime(job.started))}"
         table.append(
             [
                 str(job.number),
                 job.run or "",
-                " ".join(o for o in job.overrides if o not in shared),
+                dials[job.number],
                 f"running{since}" if job.status == "running" else job.status,
                 _percent(job.accuracy),
                 _percent(job.score),
@@ -134,6 +133,12 @@ def rows(jobs: list[SweepJob]) -> list[list[str]]:
     return table
 
 
+def dials_of(jobs: list[SweepJob]) -> dict[int, str]:
+    """Of each job's overrides those that not all jobs share."""
+    shared = set.intersection(*(set(job.overrides) for job in jobs)) if len(jobs) > 1 else set()
+    return {job.number: " ".join(o for o in job.overrides if o not in shared) for job in jobs}
+
+
 def summary(jobs: list[SweepJob], total: int | None) -> str:
     """How many ended, and how."""
     counts = Counter(job.status for job in jobs)
@@ -142,10 +147,10 @@ def summary(jobs: list[SweepJob], total: int | None) -> str:
     return f"{ended}{'' if total is None else f' of {total}'} jobs ended{': ' + shown if shown else ''}."
 
 
-def line(job: SweepJob, ended: int, total: int | None) -> str:
-    """What is said when a job ended."""
+def line(job: SweepJob, dials: str, ended: int, total: int | None) -> str:
+    """What is said when a job ended; `dials` names one that has no run folder."""
     count = str(ended) if total is None else f"{ended}/{total}"
-    name = job.run or " ".join(job.overrides)
+    name = job.run or dials
     if job.status == "failed":
         return f"{count} FAILED {name}: {one_line(job.error)}"
     accuracy = "" if job.accuracy is None else f" accuracy {_percent(job.accuracy)} %"
