@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -164,8 +165,11 @@ def test_the_command_of_a_file_works(file: Path) -> None:
         return
     command = re.search(r"^# python (?:train|scripts/plan).py (.*?)(?:  |$)", file.read_text(), re.MULTILINE)
     assert command, file
-    arguments = command[1].split()
-    assert f"{file.parent.name}={file.stem}" in arguments
+    arguments = shlex.split(command[1])
+    if "-m" in arguments:
+        arguments.remove("-m")
+        arguments = expand([""], arguments)[0]
+    assert f"{file.parent.relative_to(CONF).as_posix()}={file.stem}" in arguments
     if "scripts/plan.py" in command[0]:
         with pytest.raises(UserError, match="has one size, paper"):
             check(composed(*arguments))
