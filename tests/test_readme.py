@@ -21,7 +21,7 @@ from ders.reporting.identity import run_folder
 README = (ROOT / "README.md").read_text()
 BLOCKS = {language: re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) for language in ("bash", "python")}
 COMMANDS = [line.split("#")[0].strip() for block in BLOCKS["bash"] for line in block.splitlines() if line.strip()]
-TRAIN = [c for c in COMMANDS if c.startswith("python train.py") and "trainer=ddp" not in c]
+TRAIN = [c for c in COMMANDS if c.startswith("python train.py") and not re.search("trainer=ddp|hydra/launcher=", c)]
 TABLES = [c for c in COMMANDS if c.startswith("python scripts/tables.py")]
 PLANS = [c for c in COMMANDS if c.startswith("python scripts/plan.py")]
 CHECKS = [c for c in COMMANDS if c.startswith("python scripts/data.py")]
@@ -33,9 +33,11 @@ FOLDERS = [c for c in COMMANDS if re.match(r"python scripts/(analyze|compress|ev
 
 def test_no_command_is_left_out() -> None:
     ddp = ["python train.py trainer=ddp trainer.devices=2"]  # its processes: tests/cli/test_train.py
+    # A launcher's processes: tests/cli/test_sweeps.py
+    launched = ["python train.py -m hydra/launcher=joblib hydra.launcher.n_jobs=2 method=ders_sm,ders_lm"]
     # In small: tests/evaluation/test_*_suite*.py
     slow = [f"python scripts/benchmark.py suite={suite}" for suite in ("layer", "decode", "train", "compress")]
-    known = [*TRAIN, *TABLES, *FOLDERS, *PLANS, *CHECKS, *ddp, *slow, "make train", "make test"]
+    known = [*TRAIN, *TABLES, *FOLDERS, *PLANS, *CHECKS, *ddp, *launched, *slow, "make train", "make test"]
     assert sorted(COMMANDS) == sorted(known)
     assert len(TRAIN) > 8
 
@@ -57,6 +59,8 @@ def test_train_commands(command: str, outputs: Path, monkeypatch: pytest.MonkeyP
     if claim == "table_3":  # its other rows: tests/training/test_recipes.py
         dials = [*dials, "data=evol_code"]
         flags = [*flags, 'hydra.sweeper.runs=["method=vanilla","method=vanilla compression=base_only"]']
+    if "hparams_search=optuna" in dials:
+        dials = [*dials, "hydra.sweeper.n_trials=2"]
     one_seed = ["seed=0"] if claim else []
     of_the_paper = claim == "table_3" or any(d in dials for d in PAPER_DATA)
     smoke = [*SMALL, *(SMALL_SETS if of_the_paper else SMALL_DATA), f"output_dir={outputs}", *one_seed]

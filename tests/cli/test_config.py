@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def test_no_yaml_is_forgotten() -> None:
     groups = {file.parent.relative_to(CONF).as_posix() for file in CONF.rglob("*.yaml")}
     assert groups == {
         ".", "method", "compression", "model", "data", "stage", "trainer", "logger", "optimizer", "schedule",
-        "upcycling", "recipe", "hydra/sweeper",
+        "upcycling", "recipe", "hydra/sweeper", "hydra/launcher", "hparams_search",
     }  # fmt: skip
 
 
@@ -99,6 +100,34 @@ def test_loggers(logger: str, tmp_path: Path) -> None:
     assert run_folder(to_plain(config), ROOT) == run_folder(to_plain(composed()), ROOT)
 
 
+@pytest.mark.parametrize("launcher", choices("hydra/launcher"))
+def test_launchers(launcher: str) -> None:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("train", overrides=[f"hydra/launcher={launcher}"], return_hydra_config=True)
+    written = yaml.safe_load((CONF / "hydra" / "launcher" / f"{launcher}.yaml").read_text())
+    composed_ = OmegaConf.to_container(config.hydra.launcher)
+    # Every setting of the plug-in is written down, but for those that its schema alone holds.
+    assert {k: v for k, v in composed_.items() if k in written} == written
+    assert set(composed_) - set(written) <= {"backend"}
+    assert "submitit_folder" not in written or written["submitit_folder"].startswith("${hydra.sweep.dir}/")
+
+
+def test_slurm_is_told_when_to_warn_and_never_to_requeue(tmp_path: Path) -> None:
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    written = yaml.safe_load((CONF / "hydra" / "launcher" / "submitit_slurm.yaml").read_text())
+    ours = ("signal_delay_s", "additional_parameters", "array_parallelism")
+    script = _make_sbatch_string("true", str(tmp_path), map_count=3, **{key: written[key] for key in ours})
+    assert {"#SBATCH --no-requeue", "#SBATCH --signal=USR2@180", "#SBATCH --array=0-2%3"} <= set(script.splitlines())
+    assert written["max_num_timeout"] == 0
+
+
+@pytest.mark.parametrize("search", choices("hparams_search"))
+def test_a_search_changes_no_run(search: str) -> None:
+    assert to_plain(composed(f"hparams_search={search}")) == to_plain(composed())
+
+
 @pytest.mark.parametrize("claim", sorted(file.stem for file in (ROOT / "experiments").glob("*.yaml")))
 def test_claims(claim: str) -> None:
     text = (ROOT / "experiments" / f"{claim}.yaml").read_text()
@@ -120,7 +149,17 @@ def test_claims(claim: str) -> None:
     "file",
     [
         f
-        for g in ("method", "model", "data", "trainer", "logger", "recipe", "upcycling")
+        for g in (
+            "method",
+            "model",
+            "data",
+            "trainer",
+            "logger",
+            "recipe",
+            "upcycling",
+            "hydra/launcher",
+            "hparams_search",
+        )
         for f in sorted((CONF / g).iterdir())
     ],
 )
@@ -129,8 +168,11 @@ def test_the_command_of_a_file_works(file: Path) -> None:
         return
     command = re.search(r"^# python (?:train|scripts/plan).py (.*?)(?:  |$)", file.read_text(), re.MULTILINE)
     assert command, file
-    arguments = command[1].split()
-    assert f"{file.parent.name}={file.stem}" in arguments
+    arguments = shlex.split(command[1])
+    if "-m" in arguments:
+        arguments.remove("-m")
+        arguments = expand([""], arguments)[0]
+    assert f"{file.parent.relative_to(CONF).as_posix()}={file.stem}" in arguments
     if "scripts/plan.py" in command[0]:
         with pytest.raises(UserError, match="has one size, paper"):
             check(composed(*arguments))

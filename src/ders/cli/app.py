@@ -24,6 +24,10 @@ log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[3]
 SCALES = ("tiny", "paper")
 
+# Launchers' configurations here are named as the plug-ins' own, whose schemas check them. Said here, for a
+# launcher's worker composes before it calls anything of ours.
+warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/.*' is validated against ConfigStore schema")
+
 
 class UserError(Exception):
     """Something the person at the keyboard can mend; shown without a traceback."""

@@ -20,11 +20,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from ders.accounting import count_parameters
+from ders.cli.apart import run_apart, starts_apart
 from ders.cli.app import ROOT, UserError, launch, to_plain
 from ders.cli.build import check, trainer_factory, upcycle_by_config
 from ders.cli.compressed import compress_and_score, score_folder, waiting_for, without_compression
 from ders.cli.instantiation import instantiate
 from ders.cli.parents import parent_folder, parent_scores
+from ders.cli.search import check_search, validation_score
+from ders.cli.sweeps import told
 from ders.data import DataSource, PreparedData
 from ders.data.conversation import PROMPTS
 from ders.models.bundle import outline_bundle, stored_bytes, weights_sha256
@@ -43,18 +46,23 @@ log = logging.getLogger(__name__)
 
 
 def main() -> None:
-    launch(run, "train")
+    with told():
+        launch(run, "train")
 
 
 def run(config: DictConfig) -> float | None:
-    """One job. Prints the path of its record as the last line on stdout; returns the test accuracy, for searches."""
+    """One job. Prints the path of its record as the last line on stdout; returns its validation score, for searches."""
     plain = to_plain(config)
     folder = run_folder(plain, ROOT)
     if config.skip_completed and _finished(folder):
         log.info("%s has a finished record: skipped", folder)
         print(folder / "record.json", flush=True)
-        return None
+        return validation_score(folder)
     check(config)
+    check_search(config)
+    if starts_apart(config):
+        run_apart(plain, folder, _command(plain))
+        return validation_score(folder)
     if started_by_lightning():
         die_with_parent()
     kind = _compression_of if config.get("compression") else _training_of
@@ -136,8 +144,7 @@ def _record(plain: dict[str, Any], folder: Path, work: Work) -> float | None:
             log.error("the record of this failure could not be written: %s", second)
         raise
     print(path, flush=True)
-    accuracy: float | None = results["metrics"].get("test/accuracy", {}).get("value")
-    return accuracy
+    return validation_score(folder)
 
 
 def _train_and_score(
@@ -227,7 +234,7 @@ def _command(plain: dict[str, Any]) -> list[str]:
 def _belongs_to(override: str, plain: dict[str, Any]) -> bool:
     """Whether an override of the sweep's job is one of this very configuration, which may be the job's vanilla run."""
     head, *path = re.split(r"[.@]", override.lstrip("+~").split("=", 1)[0])
-    if head in ("compression", "experiments"):
+    if head in ("compression", "experiments", "hparams_search"):
         return head in plain
     if head not in plain:  # a choice of files alone, as recipe=…
         return (ROOT / "conf" / head).is_dir()
