@@ -1,6 +1,8 @@
 """`python scripts/benchmark.py`: measurements against goals, as a table and a record."""
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,19 @@ from omegaconf import DictConfig
 from ders.cli.app import ROOT, UserError, check_format, launch, to_plain
 from ders.evaluation import benchmark
 from ders.evaluation.compress_suite import compress_suite
+from ders.evaluation.processes_suite import equivalence_suite, zero_memory_suite
 from ders.reporting.benchmark import markdown as speed_markdown
 from ders.reporting.benchmark import publish
 from ders.reporting.record import start_benchmark
+from ders.reporting.survival import equivalence_markdown, memory_markdown
 from ders.reporting.tables import pipes
 
-SUITES = ("compress", *benchmark.SUITES)
+# What runs whole commands, or several processes, in a folder of its own.
+_COMMANDS: dict[str, tuple[Callable[[Path], dict[str, Any]], Callable[[dict[str, Any]], str]]] = {
+    "equivalence": (equivalence_suite, equivalence_markdown),
+    "zero_memory": (zero_memory_suite, memory_markdown),
+}
+SUITES = ("compress", *_COMMANDS, *benchmark.SUITES)
 
 
 def main() -> None:
@@ -27,20 +36,22 @@ def run(config: DictConfig) -> None:
     if config.suite not in SUITES:
         raise UserError(f"suite must be one of {', '.join(SUITES)}: got {config.suite!r}")
     folder = ROOT / config.results / f"benchmark_{config.suite}"
-    if config.suite == "compress":
-        file, record, table = _compress(config, folder)
+    if config.suite == "compress" or config.suite in _COMMANDS:
+        file, record, table = _commands(config, folder)
     else:
         record = benchmark.run_suite(config.suite, {dial: config[dial] for dial in benchmark.DIALS}, ROOT)
         file, table = publish(record, folder), speed_markdown(record)
     print(json.dumps(record) if config.format == "json" else f"{table}\n{file}")
 
 
-def _compress(config: DictConfig, folder: Path) -> tuple[Path, dict[str, Any], str]:
+def _commands(config: DictConfig, folder: Path) -> tuple[Path, dict[str, Any], str]:
     own = {key: value for key, value in to_plain(config).items() if key not in benchmark.DIALS}
-    record = start_benchmark(ROOT, own, ["python", "scripts/benchmark.py", "suite=compress"])
-    record = {**record, **compress_suite(ROOT / "scripts", ROOT / config.work)}
+    record = start_benchmark(ROOT, own, ["python", "scripts/benchmark.py", f"suite={config.suite}"])
+    compress = functools.partial(compress_suite, ROOT / "scripts"), markdown
+    suite, shown = compress if config.suite == "compress" else _COMMANDS[config.suite]
+    record = {**record, **suite(ROOT / config.work)}
     folder.mkdir(parents=True, exist_ok=True)
-    file, table = folder / "record.json", markdown(record)
+    file, table = folder / "record.json", shown(record)
     file.write_text(json.dumps(record, indent=1) + "\n")
     (folder / "table.md").write_text(table)
     return file, record, table

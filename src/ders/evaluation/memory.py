@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 # Blocks of 64 KiB and more are mapped one by one, and unmapped when freed (mallopt(3)).
-_EXACT = {
+EXACT = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "MALLOC_TRIM_THRESHOLD_": "65536",
     "MALLOC_TOP_PAD_": "0",
@@ -55,12 +55,17 @@ def peak_bytes(run: Callable[[], object], device: str) -> int | None:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here (proc(5))
+        restart_peak()
     except OSError:
         return None
     run()
-    above = _resident("VmHWM") - before
+    above = resident("VmHWM") - before
     return above if above > 0 else None  # too little to see: it fitted in pages that were there
+
+
+def restart_peak() -> None:
+    """The peak of resident memory starts again from here (proc(5))."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def held_bytes(device: str) -> int:
@@ -68,10 +73,11 @@ def held_bytes(device: str) -> int:
     if device == "cuda":
         torch.cuda.synchronize()
         return torch.cuda.memory_allocated()
-    return _resident("VmRSS")
+    return resident("VmRSS")
 
 
-def _resident(what: str) -> int:
+def resident(what: str) -> int:
+    """Bytes of resident memory, `VmRSS` now or `VmHWM` at its peak (proc(5))."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
 
@@ -102,7 +108,7 @@ def in_fresh_process(module: str, task: dict[str, Any]) -> Any:
     path = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, "-m", module, json.dumps(task)],
-        env={**os.environ, **_EXACT, "PYTHONPATH": path},
+        env={**os.environ, **EXACT, "PYTHONPATH": path},
         capture_output=True,
         text=True,
     )

@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 from ders.accounting.memory import TrainedParams
 from ders.data.loading import collate_conversations
 from ders.deltas import LowRankDelta, SparseDelta
+from ders.evaluation.memory import held_bytes, resident, restart_peak
 from ders.models.bundle import outline_bundle
 from ders.training import LanguageStage, schedule
 from ders.training.building import Blueprint
@@ -52,6 +53,7 @@ class Job:
         stop_after: optimizer steps, of `steps`; later jobs may go on with `resume`.
         rows, length: rows of a step, tokens of a row.
         images: every second row has one.
+        measure_bytes: how far the second step's peak of memory is above what the process held before the model.
     """
 
     method: str
@@ -114,7 +116,8 @@ def run_job(job: Job) -> dict[str, Any]:
         global_batch_size=job.rows,
         accumulate=job.accumulate,
         max_steps=job.steps,
-        optimizer=functools.partial(torch.optim.AdamW, lr=1e-3),
+        # Fused: its steps need no temporary copies, which are no state.
+        optimizer=functools.partial(torch.optim.AdamW, lr=1e-3, fused=job.measure_bytes),
         schedule=functools.partial(schedule, name="constant_with_warmup", warmup_fraction=0.0),
         save_every=max(1, job.stop_after or job.steps),
         gradient_checkpointing=job.gradient_checkpointing,
@@ -145,39 +148,20 @@ def run_job(job: Job) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _watching(module: Any, held: list[int]) -> Iterator[None]:
-    """Notes the bytes of all tensors of this process around optimizer steps, when gradients and states are there."""
-    configure = module.configure_optimizers
+    """Notes how far memory rises in the second step, when the optimizer's states are there, above what is held now."""
+    before = held_bytes("cpu")
 
-    def watched() -> Any:
-        configured = configure()
-        note = lambda *_: held.append(held_bytes())  # noqa: E731 - a hook
-        configured["optimizer"].register_step_pre_hook(note)
-        configured["optimizer"].register_step_post_hook(note)
-        return configured
+    def starts(batch: Any, batch_idx: int) -> None:
+        type(module).on_train_batch_start(module, batch, batch_idx)
+        if batch_idx == 1:
+            restart_peak()
 
-    module.configure_optimizers = watched
-    before = held_bytes()  # of what this process held before the model: the batch order, say
-    try:
-        yield
-    finally:
-        held[:] = [count - before for count in held]
+    def ends(outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 1:
+            held.append(resident("VmHWM") - before)
 
-
-def held_bytes() -> int:
-    """Bytes of all tensors alive in this process, each storage once."""
-    storages: dict[int, int] = {}
-
-    def add(tensor: torch.Tensor) -> None:
-        if tensor.device.type != "meta":
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-
-    for found in gc.get_objects():
-        if type(found) in (torch.Tensor, torch.nn.Parameter):
-            add(found)
-            if found.is_leaf and found.grad is not None:
-                add(found.grad)
-    return sum(storages.values())
+    module.on_train_batch_start, module.on_train_batch_end = starts, ends
+    yield
 
 
 def main() -> None:

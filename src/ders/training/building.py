@@ -47,6 +47,7 @@ class Blueprint:
         whole = load_bundle(self.parent, dtype=torch.float32).model if strategy.is_global_zero else None
         with strategy.partitioned(), no_init_weights():
             model = dense_from_config(read_config(self.parent), "cpu")
+        model.tie_weights()  # which comes with the initialisation that is left out here
         fill(model, whole)
         del whole
         with strategy.partitioned():

@@ -40,9 +40,20 @@ class DeepSpeed(DeepSpeedStrategy):
         stage: optimizer states (1), gradients too (2), weights too (3) are divided among the processes.
         offload: what is divided lives on the CPU of its node.
         bucket_elements: gradients are reduced, and weights gathered, so many elements at a time.
+        least_elements: smaller parameters stay whole on every process, under ZeRO-3.
+        live_elements: so many others may be whole at a time, under ZeRO-3: less is slower, and takes less memory.
     """
 
-    def __init__(self, stage: int, *, offload: bool = False, bucket_elements: int = 50_000_000, **others: Any) -> None:
+    def __init__(
+        self,
+        stage: int,
+        *,
+        offload: bool = False,
+        bucket_elements: int = 50_000_000,
+        least_elements: int = 100_000,
+        live_elements: int = 1_000_000_000,
+        **others: Any,
+    ) -> None:
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         super().__init__(
@@ -56,6 +67,10 @@ class DeepSpeed(DeepSpeedStrategy):
             **others,
         )
         self.stage, self.offload = stage, offload
+        zero: dict[str, Any] = self.config["zero_optimization"]  # type: ignore[index]
+        zero["stage3_param_persistence_threshold"] = least_elements
+        zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = live_elements
+        zero["stage3_prefetch_bucket_size"] = min(bucket_elements, live_elements)
         # A torch optimizer, on the CPU too: one for all strategies, so that runs can be compared.
         self.config["zero_force_ds_cpu_optimizer"] = False  # type: ignore[index]
         # Used for DeepSpeed's own throughput figures alone; Lightning would look for it in the loader.
@@ -95,14 +110,24 @@ class DeepSpeed(DeepSpeedStrategy):
             import deepspeed
 
             # All of a layer's experts are gathered before it runs and after: no expert's tokens decide who waits.
-            layers = {type(m) for m in self.lightning_module.modules() if isinstance(m, MoELayer)}  # type: ignore[union-attr]
+            layers = [m for m in self.lightning_module.modules() if isinstance(m, MoELayer)]  # type: ignore[union-attr]
             if layers:
-                deepspeed.utils.set_z3_leaf_modules(self.lightning_module, list(layers))
+                deepspeed.utils.set_z3_leaf_modules(self.lightning_module, list({type(layer) for layer in layers}))
+            for layer in layers:
+                layer.register_forward_pre_hook(_ask_for_the_inputs_gradient)
         super().setup(trainer)
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         # Lightning has divided the loss by the number of micro-batches already; DeepSpeed would do it again.
         super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+
+def _ask_for_the_inputs_gradient(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    # DeepSpeed takes a layer's weights away once it has the gradient of its input, and where nobody asked for that (the
+    # first layer over frozen embeddings) before it has the weights' own.
+    x, *others = inputs
+    asks = torch.is_grad_enabled() and not x.requires_grad
+    return (x.detach().requires_grad_() if asks else x, *others)
 
 
 class FSDP2(ModelParallelStrategy):
@@ -199,7 +224,7 @@ def make_trainer(strategy: str, *, devices: int = 1, precision: str = "32-true",
     """
     chosen: Any = {"single": "auto"}.get(strategy, strategy)
     if strategy.startswith("zero"):
-        chosen = DeepSpeed(int(strategy[-1]), bucket_elements=1_000_000)
+        chosen = DeepSpeed(int(strategy[-1]), bucket_elements=4_000_000, least_elements=0, live_elements=4_000_000)
     elif strategy == "fsdp2":
         chosen = FSDP2()
     return lightning.Trainer(
