@@ -136,3 +136,13 @@ def llava_model() -> Any:
         text={"model_type": "llama", **text}, vision={**vision, "num_attention_heads": 2}, feature_layer=-1
     )
     return recipe.build(["USER: what is it? ASSISTANT: 7"])
+
+
+def language_module(bundle: Any) -> Any:
+    """A module that trains a model, without a trainer."""
+    from ders.training import schedule
+    from ders.training.modules import LanguageModule
+
+    shared: dict[str, Any] = {"optimizer": torch.optim.AdamW, "schedule": schedule}
+    shared |= {"num_steps": 1, "seed": 0, "identity": {}}
+    return LanguageModule(bundle, router_loss_coef=0.0, max_answer_tokens=2, **shared)

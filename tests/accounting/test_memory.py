@@ -9,6 +9,8 @@ import ders
 from ders.accounting.memory import StateBytes, TrainedParams, activation_bytes, model_state_bytes
 
 ALL = TrainedParams(trainable=1_000_003, frozen=0, largest=30_000)
+# What its estimators leave out: a process' gradients in bf16 once more, while they are copied to fp32.
+COPIED = 2
 # DeepSpeed multiplies what the CPU holds by this, for pinned buffers.
 BUFFER_FACTOR = 1.5
 
@@ -21,7 +23,7 @@ def test_zero_2_is_deepspeeds_estimate(num_gpus: int, offload: bool) -> None:
         ALL.trainable, num_gpus_per_node=num_gpus, cpu_offload=offload, additional_buffer_factor=BUFFER_FACTOR
     )
     found = model_state_bytes(ALL, stage=2, num_gpus=num_gpus, offload=offload)
-    assert found.gpu == gpu
+    assert found.gpu == pytest.approx(gpu + (0 if offload else COPIED * ALL.trainable / num_gpus), abs=2)
     if offload and num_gpus <= 4:  # from five processes on, the fp32 copies they load at first outweigh the states
         assert int(found.cpu * BUFFER_FACTOR) == cpu
 
@@ -40,7 +42,10 @@ def test_zero_3_is_deepspeeds_estimate(num_gpus: int, offload: bool) -> None:
     )
     found = model_state_bytes(ALL, stage=3, num_gpus=num_gpus, offload=offload)
     assert gathered == 4 * ALL.largest
-    assert found.gpu == gpu
+    # The estimate adds what is gathered in the backward pass to the fp32 gradients of the step, where nothing is.
+    share = ALL.trainable / num_gpus
+    in_backward, at_the_step = gpu - (4 - 2) * share, gpu - gathered + 2 * COPIED * share
+    assert found.gpu == (gpu if offload else pytest.approx(max(in_backward, at_the_step), abs=2))
     if offload:
         assert int(found.cpu * BUFFER_FACTOR) == cpu
 
@@ -49,11 +54,11 @@ def test_zero_3_is_deepspeeds_estimate(num_gpus: int, offload: bool) -> None:
     ("stage", "offload", "expected"),
     [
         (0, False, StateBytes(2 * 110 + 18 * 100)),
-        (1, False, StateBytes(2 * 110 + 2 * 100 + 16 * 25)),
+        (1, False, StateBytes(2 * 110 + max(2 * 100 + 12 * 25, 20 * 25))),
         (1, True, StateBytes(2 * 110 + 2 * 100, 16 * 100)),
-        (2, False, StateBytes(2 * 110 + 18 * 25)),
+        (2, False, StateBytes(2 * 110 + 20 * 25)),
         (2, True, StateBytes(2 * 110, 16 * 100)),
-        (3, False, StateBytes(18 * 25 + 2 * 10 // 4 + 4 * 7)),
+        (3, False, StateBytes(2 * 110 // 4 + 20 * 25)),
         (3, True, StateBytes(4 * 7, 18 * 100 + 2 * 10)),
     ],
 )

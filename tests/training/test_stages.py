@@ -13,25 +13,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from conftest import ROOT, SMALL, SMALL_DATA
+from conftest import ROOT, SMALL, SMALL_DATA, language_module
 
 from ders.reporting.figures import read_metrics
-from ders.training import schedule
 from ders.training.checkpoints import steps_in
-from ders.training.modules import LanguageModule, NonFiniteLossError
+from ders.training.modules import NonFiniteLossError
 from ders.upcycling import set_trainable
-
-
-def language_module(bundle: Any) -> LanguageModule:
-    shared: dict[str, Any] = {
-        "optimizer": torch.optim.AdamW,
-        "schedule": schedule,
-        "num_steps": 1,
-        "seed": 0,
-        "identity": {},
-    }
-    return LanguageModule(bundle, router_loss_coef=0.0, max_answer_tokens=2, **shared)
 
 
 def losses(folder: Path) -> dict[int, str]:

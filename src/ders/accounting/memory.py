@@ -1,17 +1,19 @@
 """What training holds in memory: model states by ZeRO stage, and an estimate of activations.
 
-Model states in bytes, bf16 mixed precision with AdamW (ZeRO, arXiv 1910.02054, section 3, as DeepSpeed does it): a
-parameter is 2 in bf16; a trainable one also has a gradient, 2, its fp32 copy at the step, 4, an fp32 master weight, 4,
-and two fp32 moments, 8. On each of N GPUs, with P trainable and Q frozen parameters:
+Model states in bytes, bf16 mixed precision with AdamW (ZeRO, arXiv 1910.02054, section 3, as DeepSpeed 0.19 does it,
+measured): a parameter is 2 in bf16; a trainable one also has a gradient, 2, its fp32 copy at the step, 4, an fp32
+master weight, 4, and two fp32 moments, 8; and while the copy is made, ZeRO has the process' share of the gradients
+twice, 2 more. On each of N GPUs, with P trainable and Q frozen parameters:
 
     DDP, ZeRO 0   2 (P + Q) + 18 P
-    ZeRO 1        2 (P + Q) + 2 P + 16 P / N            master weights, moments and fp32 gradients divided
-    ZeRO 2        2 (P + Q) + 18 P / N                  gradients too
-    ZeRO 3        (18 P + 2 Q) / N + 4 × largest        weights too; a layer's weights and gradients are gathered
+    ZeRO 1        2 (P + Q) + max(2 P + 12 P / N, 20 P / N)     after the backward pass, or at the step
+    ZeRO 2        2 (P + Q) + 20 P / N                          no process has all gradients
+    ZeRO 3        max((16 P + 2 Q) / N + 4 × largest, (22 P + 2 Q) / N)     nor all weights: in the backward pass a
+                                                                layer's are gathered, with their gradients
 
-Stage 3 keeps one gradient, in fp32, so it counts 18 where the others count 20. Offloading moves to the CPU what a stage
-divides among GPUs; then the CPU of a node holds 16 P (stages 1 and 2) or 18 P + 2 Q (stage 3, weights too), and the GPU
-keeps the rest: 2 (P + Q), and in stage 1 the gradients, 2 P; in stage 3 only what is gathered.
+DeepSpeed's own estimators leave the copies at the step out. Offloading moves to the CPU what a stage divides among
+GPUs; then the CPU of a node holds 16 P (stages 1 and 2) or 18 P + 2 Q (stage 3, weights too), and the GPU keeps the
+rest: 2 (P + Q), and in stage 1 the gradients, 2 P; in stage 3 only what is gathered.
 
 Left out: communication buckets, fragmentation, what CUDA itself takes, and pinned buffers on the CPU (DeepSpeed's own
 estimators multiply CPU bytes by 1.5 for those).
@@ -25,7 +27,8 @@ from ders.moe import moe_layers
 from ders.upcycling import find_decoder
 
 STAGES = (0, 1, 2, 3)
-_WEIGHT, _GRADIENT, _OPTIMIZER = 2, 2, 16
+# Master weight and moments; the fp32 copy of a gradient at the step.
+_WEIGHT, _GRADIENT, _STATES, _COPY = 2, 2, 12, 4
 
 
 @dataclass(frozen=True)
@@ -68,17 +71,24 @@ def model_state_bytes(params: TrainedParams, *, stage: int, num_gpus: int = 1, o
         raise ValueError(f"num_gpus must be at least 1: got {num_gpus}")
     if offload and stage == 0:
         raise ValueError("offload moves what ZeRO divides among GPUs, and stage 0 (DDP) divides nothing")
-    weights = _WEIGHT * (params.trainable + params.frozen)
-    gradients, optimizer = _GRADIENT * params.trainable, _OPTIMIZER * params.trainable
-    if stage == 3:
-        gathered, divided = (_WEIGHT + _GRADIENT) * params.largest, weights + optimizer
-        return StateBytes(gathered, divided) if offload else StateBytes(gathered + divided // num_gpus)
-    if stage == 2 and not offload:
-        return StateBytes(weights + (gradients + optimizer) // num_gpus)
-    kept = weights + (0 if stage == 2 else gradients)
+    trained = params.trainable
+    weights, gradients, states = _WEIGHT * (trained + params.frozen), _GRADIENT * trained, _STATES * trained
+    # A process' share of it all, with its gradients once more, as they are copied to fp32.
+    at_the_step = (2 * gradients + _COPY * trained + states) // num_gpus
+    gathered = (_WEIGHT + _GRADIENT) * params.largest
     if offload:
-        return StateBytes(kept, optimizer)
-    return StateBytes(kept + optimizer // (num_gpus if stage else 1))
+        on_cpu = _COPY * trained + states
+        if stage == 3:
+            return StateBytes(gathered, weights + on_cpu)
+        return StateBytes(weights + (gradients if stage == 1 else 0), on_cpu)
+    if stage == 3:
+        in_backward = gathered + (weights + gradients + states) // num_gpus
+        return StateBytes(max(in_backward, weights // num_gpus + at_the_step))
+    if stage == 2:
+        return StateBytes(weights + at_the_step)
+    if stage == 1:
+        return StateBytes(weights + max(gradients + states // num_gpus, at_the_step))
+    return StateBytes(weights + gradients + _COPY * trained + states)
 
 
 def activation_bytes(model: nn.Module, tokens: int) -> int:

@@ -25,6 +25,13 @@ from ders.training.checkpoints import steps_in
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 STEPS = 8
+_PLAIN, CONTINUED = "one step, one batch", "continued"
+CASES: dict[str, dict[str, Any]] = {
+    _PLAIN: {},
+    "two micro-batches a step": {"accumulate": 2},
+    "activation checkpointing": {"gradient_checkpointing": True},
+    "a text model": {"images": False},
+}
 # Relative: single precision sums in another order, and AdamW divides by the roots of small squares.
 MAX_LOSS_DIFFERENCE, MAX_WEIGHT_DIFFERENCE = 1e-5, 1e-4
 MAX_MEMORY_DIFFERENCE = 0.10
@@ -41,8 +48,15 @@ _SMOLLM2_135M = {
 }
 
 
-def equivalence_suite(work: Path) -> dict[str, Any]:
+def equivalence_suite(
+    work: Path,
+    methods: Sequence[str] = tuple(METHODS),
+    strategies: Sequence[str] = STRATEGIES,
+    cases: Sequence[str] = (*CASES, CONTINUED),
+) -> dict[str, Any]:
     """Losses and weights of every method and strategy beside one process, and of continued runs beside whole ones.
+
+    Every second row has a picture, so that some processes have none in some steps.
 
     Returns:
         `rows`: one per case, with the largest relative difference of a loss and the relative Frobenius difference of
@@ -50,49 +64,50 @@ def equivalence_suite(work: Path) -> dict[str, Any]:
     """
     started = time.perf_counter()
     _fresh(work)
-    parent = _tiny_llava(work / "parent")
-    cases = _cases(parent, work)
+    groups = _groups(_parents(work), work, methods, strategies, cases)
     try:
         for devices in (1, 2):
-            run_jobs([job for group in cases for job in group if job.devices == devices], devices, work)
-        rows = [_compared(group) for group in cases if len(group) > 1]
+            run_jobs([job for group in groups for job in group if job.devices == devices], devices, work)
+        rows = [_compared(group) for group in groups if len(group) > 1]
     finally:
         shutil.rmtree(work, ignore_errors=True)
     goals = []
     for case in dict.fromkeys(row["case"] for row in rows):
-        mine = [row for row in rows if row["case"] == case]
+        mine = [row for row in rows if row["case"] == case and row["strategy"] != "single"]
         for key, limit in (("loss", MAX_LOSS_DIFFERENCE), ("weights", MAX_WEIGHT_DIFFERENCE)):
-            bound = 0.0 if case == "continued" and all(row["strategy"] == "single" for row in mine) else limit
-            figure = max(row[f"{key}_difference"] for row in mine)
-            goals.append(_goal(f"{case}: largest difference, {key}", figure, bound))
-    alone = max(row["weights_difference"] for row in rows if row["case"] == "continued" and row["strategy"] == "single")
-    goals.append(_goal("continued on one process: difference, weights", alone, 0.0))
+            goals.append(_goal(f"{case}: largest difference, {key}", max(r[f"{key}_difference"] for r in mine), limit))
+    if alone := [row["weights_difference"] for row in rows if row["strategy"] == "single"]:
+        goals.append(_goal("continued on one process: largest difference, weights", max(alone), 0.0))
     return {"rows": rows, "goals": goals, "seconds": time.perf_counter() - started}
 
 
-def _cases(parent: Path, work: Path) -> list[list[Job]]:
-    """Groups of jobs: those before the last produce what the last is compared with, or goes on from."""
+def _groups(
+    parents: dict[bool, Path], work: Path, methods: Sequence[str], strategies: Sequence[str], cases: Sequence[str]
+) -> list[list[Job]]:
+    """Groups of jobs: those before the last produce what the last is compared with, or goes on from.
 
-    def job(case: str, method: str, strategy: str, **options: Any) -> Job:
+    Args:
+        parents: a model with, and one without a vision tower.
+    """
+
+    def job(case: str, method: str, strategy: str) -> Job:
+        options = CASES.get(case, {})
+        parent = parents[options.get("images", True)]
         folder = str(work / case.replace(" ", "_") / strategy / method)
         devices = 1 if strategy == "single" else 2
         return Job(method, strategy, str(parent), folder, STEPS, devices=devices, **options)
 
-    options: dict[str, dict[str, Any]] = {
-        "one step, one batch": {},
-        "two micro-batches a step": {"accumulate": 2},
-        "activation checkpointing": {"gradient_checkpointing": True},
-    }
     groups = []
-    for case, chosen in options.items():
-        for method in METHODS if not chosen else ("vanilla", "ders_sm"):
-            alone = job(case, method, "single", **chosen)
-            groups += [[alone], *([alone, job(case, method, strategy, **chosen)] for strategy in STRATEGIES)]
-    for strategy in ("single", *STRATEGIES):
-        for method in METHODS:
-            whole = job("one step, one batch", method, strategy)
-            first = replace(job("continued", method, strategy), stop_after=STEPS // 2)
-            groups.append([whole, first, replace(first, stop_after=None, resume=True)])
+    for case, options in CASES.items():
+        if case not in cases:
+            continue
+        for method in methods if not options else [m for m in methods if m in ("vanilla", "ders_sm")]:
+            alone = job(case, method, "single")
+            groups += [[alone], *([alone, job(case, method, strategy)] for strategy in strategies)]
+    for strategy in ("single", *strategies) if CONTINUED in cases else ():
+        for method in methods:
+            first = replace(job(CONTINUED, method, strategy), stop_after=STEPS // 2)
+            groups.append([job(_PLAIN, method, strategy), first, replace(first, stop_after=None, resume=True)])
     return groups
 
 
@@ -224,6 +239,13 @@ def _tiny_llava(folder: Path) -> Path:
     )
     save_bundle(recipe.build([" ".join(f"word{n}" for n in range(60))]), folder)
     return folder
+
+
+def _parents(work: Path) -> dict[bool, Path]:
+    torch.manual_seed(0)
+    text = TinyLM(text={"model_type": "llama", "max_position_embeddings": 64, "tie_word_embeddings": True, **_TINY})
+    save_bundle(text.build([" ".join(f"word{n}" for n in range(60))]), work / "text")
+    return {True: _tiny_llava(work / "llava"), False: work / "text"}
 
 
 def _goal(goal: str, figure: float, limit: float) -> dict[str, Any]:
