@@ -29,7 +29,9 @@ def parent_trainer_factory(config: DictConfig) -> Any:
     """Partial of the trainer of a parent: one process in fp32 without limits, whatever the run itself uses, for one
     parent serves all."""
     shared = {key: config.trainer[key] for key in ("_target_", "_partial_", "accelerator", "log_every_n_steps")}
-    return instantiate(OmegaConf.create({**shared, "devices": 1, "precision": "32-true"}))
+    # torchrun's and Slurm's processes are not for it: each of theirs would refuse to be the only one.
+    alone = [{"_target_": "lightning.fabric.plugins.environments.LightningEnvironment"}]
+    return instantiate(OmegaConf.create({**shared, "devices": 1, "precision": "32-true", "plugins": alone}))
 
 
 def upcycle_by_config(

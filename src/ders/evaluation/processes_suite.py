@@ -31,6 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
     "two micro-batches a step": {"accumulate": 2},
     "activation checkpointing": {"gradient_checkpointing": True},
     "a text model": {"images": False},
+    "more experts than tokens": {"num_experts": 64, "top_k": 1, "rows": 4},
 }
 # Relative: single precision sums in another order, and AdamW divides by the roots of small squares.
 MAX_LOSS_DIFFERENCE, MAX_WEIGHT_DIFFERENCE = 1e-5, 1e-4
@@ -174,7 +175,7 @@ def zero_memory_suite(work: Path) -> dict[str, Any]:
     _fresh(work)
     torch.manual_seed(0)
     recipe = TinyLM(text={"model_type": "llama", "max_position_embeddings": 64, **_SMOLLM2_135M})
-    parent, small = work / "parent", _tiny_llava(work / "small")
+    parent, small = work / "parent", tiny_llava(work / "small")
     save_bundle(recipe.build(["a few words"]), parent)
     jobs = [
         Job(
@@ -229,7 +230,7 @@ def _planned(job: Job) -> dict[str, Any]:
     }
 
 
-def _tiny_llava(folder: Path) -> Path:
+def tiny_llava(folder: Path) -> Path:
     torch.manual_seed(0)
     vision = {"image_size": 16, "patch_size": 8, "hidden_size": 64, "intermediate_size": 256}
     recipe = TinyLlava(
@@ -245,7 +246,7 @@ def _parents(work: Path) -> dict[bool, Path]:
     torch.manual_seed(0)
     text = TinyLM(text={"model_type": "llama", "max_position_embeddings": 64, "tie_word_embeddings": True, **_TINY})
     save_bundle(text.build([" ".join(f"word{n}" for n in range(60))]), work / "text")
-    return {True: _tiny_llava(work / "llava"), False: work / "text"}
+    return {True: tiny_llava(work / "llava"), False: work / "text"}
 
 
 def _goal(goal: str, figure: float, limit: float) -> dict[str, Any]:

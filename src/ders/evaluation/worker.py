@@ -64,6 +64,8 @@ class Job:
     stop_after: int | None = None
     resume: bool = False
     devices: int = 1
+    num_experts: int = 4
+    top_k: int = 2
     precision: str = "32-true"
     rows: int = 8
     length: int = 12
@@ -108,7 +110,7 @@ def run_job(job: Job) -> dict[str, Any]:
     def change(model: torch.nn.Module, gathered: Any = contextlib.nullcontext) -> None:
         options = METHODS[job.method]
         if options is not None:
-            upcycle(model, num_experts=4, top_k=2, gathered=gathered, **options)
+            upcycle(model, num_experts=job.num_experts, top_k=job.top_k, gathered=gathered, **options)
 
     change(bundle.model)
     stage = LanguageStage(
