@@ -21,7 +21,7 @@ from ders.reporting.identity import run_folder
 README = (ROOT / "README.md").read_text()
 BLOCKS = {language: re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) for language in ("bash", "python")}
 COMMANDS = [line.split("#")[0].strip() for block in BLOCKS["bash"] for line in block.splitlines() if line.strip()]
-TRAIN = [c for c in COMMANDS if c.startswith("python train.py") and not re.search("trainer=ddp|hydra/launcher=", c)]
+TRAIN = [c for c in COMMANDS if c.startswith("python train.py") and not re.search("trainer=d|hydra/launcher=", c)]
 TABLES = [c for c in COMMANDS if c.startswith("python scripts/tables.py")]
 PLANS = [c for c in COMMANDS if c.startswith("python scripts/plan.py")]
 CHECKS = [c for c in COMMANDS if c.startswith("python scripts/data.py")]
@@ -32,12 +32,14 @@ FOLDERS = [c for c in COMMANDS if re.match(r"python scripts/(analyze|compress|ev
 
 
 def test_no_command_is_left_out() -> None:
-    ddp = ["python train.py trainer=ddp trainer.devices=2"]  # its processes: tests/cli/test_train.py
+    # Their processes: tests/cli/test_train.py
+    many = [f"python train.py trainer={name} trainer.devices=2" for name in ("ddp", "deepspeed_zero3")]
     # A launcher's processes: tests/cli/test_sweeps.py
     launched = ["python train.py -m hydra/launcher=joblib hydra.launcher.n_jobs=2 method=ders_sm,ders_lm"]
     # In small: tests/evaluation/test_*_suite*.py
-    slow = [f"python scripts/benchmark.py suite={suite}" for suite in ("layer", "decode", "train", "compress")]
-    known = [*TRAIN, *TABLES, *FOLDERS, *PLANS, *CHECKS, *ddp, *launched, *slow, "make train", "make test"]
+    suites = ("layer", "decode", "train", "compress", "equivalence", "zero_memory")
+    slow = [*(f"python scripts/benchmark.py suite={suite}" for suite in suites), "python scripts/faults.py kills=36"]
+    known = [*TRAIN, *TABLES, *FOLDERS, *PLANS, *CHECKS, *many, *launched, *slow, "make train", "make test"]
     assert sorted(COMMANDS) == sorted(known)
     assert len(TRAIN) > 8
 
@@ -130,10 +132,12 @@ def test_tables_commands(command: str, tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_the_tables_are_those_of_results() -> None:
     shown = re.findall(r"<!-- table:(\w+) -->\n(.*?)<!-- /table -->", README, re.DOTALL)
-    speed = ["benchmark_layer", "benchmark_decode"]
-    assert [name for name, _ in shown] == ["methods", "benchmark_compress", *speed, "table_1"]
+    goals = ["benchmark_layer", "benchmark_decode"]
+    trust = ["benchmark_equivalence", "benchmark_zero_memory", "faults"]
+    assert [name for name, _ in shown] == ["methods", "benchmark_compress", *goals, "table_1", *trust]
     for name, table in shown:
-        assert table == (ROOT / "results" / name / ("goals.md" if name in speed else "table.md")).read_text(), name
+        whole = name not in (*goals, "benchmark_equivalence", "faults")
+        assert table == (ROOT / "results" / name / ("table.md" if whole else "goals.md")).read_text(), name
 
 
 def test_the_chosen_rows_are_those_of_the_claims() -> None:

@@ -185,6 +185,31 @@ def test_errors_come_alone_and_at_once(train: Any) -> None:
     assert "Traceback" not in result.stderr
 
 
+def test_zero_3_on_two_processes(train: Any) -> None:
+    folder = Path(train("trainer=deepspeed_zero3", "trainer.devices=2").stdout.splitlines()[-1]).parent
+    record = record_of(folder)
+    assert record["status"] == "finished"
+    assert record["metrics"]["test/accuracy"]["count"] == 48
+    checkpoint = folder / "checkpoints" / "step_000004"
+    described = json.loads((checkpoint / "checkpoint.json").read_text())
+    assert (described["state"], described["world_size"]) == ("zero3", 2)
+    assert json.loads((folder / "checkpoints" / "best.json").read_text())["metric"] == "val/loss"
+    assert len(list((checkpoint / "state").rglob("*_optim_states.pt"))) == 2
+    assert load_bundle(checkpoint / "model").model.num_parameters() == record["total_params"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["ddp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3_offload", "fsdp2"])
+def test_every_trainer_and_torchrun(trainer: str, outputs: Path, command: Any) -> None:
+    dials = [*SMALL, *SMALL_DATA, f"output_dir={outputs}", f"trainer={trainer}", "trainer.devices=2", "seed=30"]
+    launched = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
+    result = command(*launched, str(ROOT / "train.py"), *dials)
+    assert result.returncode == 0, result.stderr[-3000:]
+    (path,) = [line for line in result.stdout.splitlines() if line.endswith("record.json")]
+    assert json.loads(Path(path).read_text())["status"] == "finished"
+
+
+@pytest.mark.slow
 def test_a_sweep_of_two_process_runs(train: Any, run_job: Callable[..., Path]) -> None:
     result = train("-m", "sparsity=0.9,0.99", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
     assert result.returncode == 0, result.stderr

@@ -15,7 +15,7 @@ from ders.evaluation.processes_suite import equivalence_suite, zero_memory_suite
 from ders.reporting.benchmark import markdown as speed_markdown
 from ders.reporting.benchmark import publish
 from ders.reporting.record import start_benchmark
-from ders.reporting.survival import equivalence_markdown, memory_markdown
+from ders.reporting.survival import equivalence_markdown, goals_table, memory_markdown
 from ders.reporting.tables import pipes
 
 # What runs whole commands, or several processes, in a folder of its own.
@@ -54,6 +54,8 @@ def _commands(config: DictConfig, folder: Path) -> tuple[Path, dict[str, Any], s
     file, table = folder / "record.json", shown(record)
     file.write_text(json.dumps(record, indent=1) + "\n")
     (folder / "table.md").write_text(table)
+    if config.suite in _COMMANDS:
+        (folder / "goals.md").write_text(goals_table(record) + "\n")
     return file, record, table
 
 

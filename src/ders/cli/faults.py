@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from ders.cli.app import ROOT, UserError, check_format, launch, to_plain
 from ders.evaluation.fault_suite import METHODS, TRAINERS, Campaign
 from ders.reporting.record import start_benchmark
-from ders.reporting.survival import faults_markdown
+from ders.reporting.survival import faults_markdown, goals_table
 
 
 def main() -> None:
@@ -41,4 +41,5 @@ def run(config: DictConfig) -> None:
     file, table = folder / "record.json", faults_markdown(record)
     file.write_text(json.dumps(record, indent=1) + "\n")
     (folder / "table.md").write_text(table)
+    (folder / "goals.md").write_text(goals_table(record) + "\n")
     print(json.dumps(record) if config.format == "json" else f"{table}\n{file}")

@@ -123,15 +123,18 @@ class Campaign:
         """Kill one process of a run again and again, continue it each time, compare its end."""
         whole = self.whole(method, trainer)
         outputs = self._outputs(f"killed/{trainer}/{method}")
-        row: dict[str, Any] = {"method": method, "trainer": trainer, "kills": 0, "hung": 0, "unreadable": 0}
-        waits, stops = [], []
+        counts = ("kills", "hung", "unreadable", "lost", "started_over")
+        row: dict[str, Any] = {"method": method, "trainer": trainer, **dict.fromkeys(counts, 0)}
+        waits, stops, reached = [], [], 0
         while row["kills"] < self.kills_per_cell and time.perf_counter() < self.ends:
             job = self.start(outputs, method, trainer, "ckpt_path=auto")
             # One moment out of four lies in starting up, the others in training, saving and scoring.
             while_starting = self.random.random() < 0.25
             span = whole["starting_seconds" if while_starting else "training_seconds"]
             if not self._killed(job, outputs, while_starting, after=self.random.uniform(0.0, 0.9 * span)):
-                shutil.rmtree(_run_folder(outputs))  # it was faster: once more from the beginning
+                shutil.rmtree(_run_folder(outputs))  # it ended before its kill: once more from the beginning
+                row["started_over"] += 1
+                reached = 0
                 continue
             row["kills"] += 1
             waited = job.wait(GRACE)
@@ -139,7 +142,9 @@ class Campaign:
             waits.append(waited or GRACE)
             saved = self._checkpoints(outputs)
             row["unreadable"] += saved.count(None)
-            stops.append(max((s for s in saved if s is not None), default=0))
+            stops.append(max((step for step in saved if step is not None), default=0))
+            row["lost"] += stops[-1] < reached
+            reached = stops[-1]
             self.say(f"{method}, {trainer}: kill {row['kills']}, continues from step {stops[-1]}")
         self._finish(self.start(outputs, method, trainer, "ckpt_path=auto"))
         ours, other = (_run_folder(folder) for folder in (outputs, Path(whole["outputs"])))
@@ -290,6 +295,7 @@ def _goals(rows: list[dict[str, Any]], disk: list[dict[str, Any]]) -> list[dict[
     kills = sum(row["kills"] for row in rows)
     goals = [
         {"goal": "kills, at least", "figure": kills, "limit": 30, "met": kills >= 30},
+        at_most("kills after which a checkpoint was gone", sum(row["lost"] for row in rows), 0),
         at_most("unreadable checkpoints", sum(row["unreadable"] for row in rows), 0),
         at_most(f"jobs that hung for {GRACE:.0f} s after the kill", sum(row["hung"] for row in rows), 0),
     ]

@@ -60,6 +60,7 @@ def faults_markdown(record: Record) -> str:
     lines = [header, ["---", "---", *["---:"] * 6]]
     for row in record["rows"]:
         stops = ", ".join(map(str, row["continued_from"]))
+        stops += f" ({row['started_over']} ended before its kill)" if row["started_over"] else ""
         numbers = [f"{row[key]:.1e}" for key in ("loss_difference", "weights_difference", "tolerance")]
         shown = [str(row["kills"]), stops, f"{row['slowest_end_seconds']:.1f}"]
         lines.append([row["method"], row["trainer"], *shown, *numbers])

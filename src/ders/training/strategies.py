@@ -5,7 +5,6 @@ every step, and none waits for experts that its tokens did not choose.
 """
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -208,9 +207,9 @@ def refuse_other_state(saved: dict[str, Any], state: str, world_size: int) -> No
     there, here = (saved["state"], saved["world_size"]), (state, world_size)
     if there == here or (there[0] == here[0] and state in ("whole", "fsdp2")):
         return
-    what = json.dumps({"there": f"{there[0]} × {there[1]}", "here": f"{here[0]} × {here[1]}"})
     raise ValueError(
-        f"the checkpoint's optimizer states are divided otherwise ({what}). ZeRO shards continue with the same stage "
+        f"the checkpoint's optimizer states are divided otherwise (there {there[0]} × {there[1]} processes, here "
+        f"{here[0]} × {here[1]}). ZeRO shards continue with the same stage "
         "on the same number of processes only; one process, DDP and FSDP2 also on another number. Its model/ folder is "
         "whole: it can be scored, compressed and exported as it is"
     )
