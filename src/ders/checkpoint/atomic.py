@@ -57,12 +57,12 @@ def new_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
         unfinished.mkdir()
         yield unfinished
         for file in (*unfinished.rglob("*"), unfinished):
-            _sync(file)
+            sync(file)
         if folder.exists():
             folder.rename(replaced)
         unfinished.rename(folder)
         shutil.rmtree(replaced, ignore_errors=True)
-        _sync(folder.parent)
+        sync(folder.parent)
     finally:
         _restore(replaced, folder)
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -91,7 +91,8 @@ def _refuse_existing(folder: Path, overwrite: bool) -> None:
         )
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

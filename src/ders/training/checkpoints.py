@@ -22,6 +22,7 @@ import lightning
 from lightning.pytorch.callbacks import Checkpoint as CheckpointCallback
 from lightning.pytorch.loggers import CSVLogger
 
+from ders.checkpoint.atomic import sync
 from ders.models.bundle import ModelBundle, save_bundle
 from ders.training.building import whole_state
 from ders.training.modules import StageModule
@@ -206,11 +207,11 @@ class Checkpoints(CheckpointCallback):
     def _finish(self, unfinished: Path, saved: dict[str, Any], step: int) -> None:
         _write_json(unfinished / "checkpoint.json", saved)
         for path in (*unfinished.rglob("*"), unfinished):
-            _sync(path)
+            sync(path)
         final = self.folder / _NAME.format(step)
         _remove(final)  # of an earlier attempt
         unfinished.rename(final)
-        _sync(self.folder)
+        sync(self.folder)
         self._prune(step)
 
     def _prune(self, step: int) -> None:
@@ -278,11 +279,3 @@ def _write_json(file: Path, data: dict[str, Any]) -> None:
     partial = file.with_name(f".{file.name}.partial")
     partial.write_text(json.dumps(data))
     partial.replace(file)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
