@@ -13,13 +13,19 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import language_module
+from conftest import ROOT, language_module
 
 from ders.data.loading import Conversations
+from ders.evaluation.fault_suite import Campaign
 from ders.reporting.figures import read_metrics
 from ders.training import processes
 from ders.training.checkpoints import steps_in
-from ders.training.processes import is_first_process, started_by_lightning
+from ders.training.processes import (
+    DeadProcessError,
+    is_first_process,
+    missing_processes_named,
+    started_by_lightning,
+)
 
 LONG = ["stage.moe.max_steps=30", "stage.moe.save_every=4", "stage.moe.validate_every=null"]
 
@@ -98,6 +104,22 @@ def test_what_is_not_finite_names_its_rows(llava_model: Any, tmp_path: Path) -> 
     )
     with pytest.raises(ArithmeticError, match=expected):
         module.guarded(torch.tensor(math.nan), 5)
+
+
+def test_a_missing_process_is_named() -> None:
+    with pytest.raises(DeadProcessError, match="another process of this job is gone"), missing_processes_named():
+        raise RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:23429")
+    with pytest.raises(RuntimeError, match="something else"), missing_processes_named():
+        raise RuntimeError("something else")
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_others_and_the_run_goes_on(tmp_path: Path) -> None:
+    campaign = Campaign(ROOT / "train.py", tmp_path / "work", kills_per_cell=1, budget_seconds=300)
+    campaign.cell("dense", "single")  # whose parent the other takes
+    row = campaign.cell("dense", "ddp")
+    assert (row["kills"], row["hung"], row["unreadable"], row["lost"]) == (1, 0, 0, 0)
+    assert row["weights_difference"] <= row["tolerance"]
 
 
 @pytest.mark.parametrize(

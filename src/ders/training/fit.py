@@ -18,7 +18,7 @@ from ders.training.batches import StepBatches
 from ders.training.callbacks import PlainProgress, RoutingMonitor, Throughput
 from ders.training.checkpoints import Checkpoints, Saved
 from ders.training.modules import StageModule
-from ders.training.processes import StopOnSignal
+from ders.training.processes import StopOnSignal, missing_processes_named
 from ders.training.stages import Stage, StageData
 from ders.training.strategies import is_sharded, refuse_other_state, state_format
 
@@ -113,6 +113,7 @@ def fit(
         NonFiniteLossError: the loss became NaN or infinite; the last checkpoint stays.
         OSError: a checkpoint could not be written; the one before it stays.
         Interrupted: a signal stopped it, after a checkpoint.
+        DeadProcessError: another process of the job is gone.
         ValueError: `resume` cannot be continued by these processes.
     """
     csv_logger = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=50)
@@ -154,7 +155,8 @@ def fit(
             _keep_rows(csv_logger, resume)
     module.train()  # Hugging Face loads in evaluation mode
     ckpt_path = None if resume is None else resume.state_path
-    trainer.fit(module, StageLoaders(data, stage, seed), ckpt_path=ckpt_path, weights_only=True)
+    with missing_processes_named():
+        trainer.fit(module, StageLoaders(data, stage, seed), ckpt_path=ckpt_path, weights_only=True)
     return trainer
 
 

@@ -32,6 +32,32 @@ class Interrupted(Exception):  # noqa: N818 - nothing went wrong
         self.signum = signum
 
 
+class DeadProcessError(OSError):
+    """Another process of the job is gone."""
+
+
+# How gloo and NCCL say it.
+_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "NCCL error")
+
+
+@contextlib.contextmanager
+def missing_processes_named() -> Iterator[None]:
+    """Says in plain words that another process is gone, where torch tells of sockets.
+
+    Raises:
+        DeadProcessError: it is.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in _GONE):
+            raise
+        raise DeadProcessError(
+            "another process of this job is gone, killed perhaps, or out of memory: its own message may stand above. "
+            "Continue with ckpt_path=last"
+        ) from error
+
+
 class StopOnSignal(Callback):
     """SIGTERM, SIGINT or SIGUSR1 to any process saves after the step in progress and ends all of them.
 
