@@ -4,7 +4,6 @@ import contextlib
 import functools
 import logging
 import os
-import re
 import sys
 import time
 import traceback
@@ -14,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
@@ -26,18 +23,19 @@ from ders.cli.build import check, trainer_factory, upcycle_by_config
 from ders.cli.compressed import compress_and_score, score_folder, waiting_for, without_compression
 from ders.cli.instantiation import instantiate
 from ders.cli.parents import parent_folder, parent_scores
+from ders.cli.runs import alone_in, checkpoint_of, command_of, finished, prepare_folder
 from ders.cli.search import check_search, validation_score
 from ders.cli.sweeps import told
 from ders.data import DataSource, PreparedData
 from ders.data.conversation import PROMPTS
 from ders.models.bundle import outline_bundle, stored_bytes, weights_sha256
-from ders.reporting import RecordError, finish_record, read_record, start_record, write_record
+from ders.reporting import RecordError, finish_record, start_record, write_record
 from ders.reporting.figures import draw_run
-from ders.reporting.identity import differences, identity, run_folder, without_trainer
+from ders.reporting.identity import identity, run_folder
 from ders.training import Stage
 from ders.training.building import Blueprint
 from ders.training.callbacks import peak_gib, reset_peak
-from ders.training.checkpoints import CheckpointError, Saved, find, publish
+from ders.training.checkpoints import Saved, find, publish
 from ders.training.fit import fit, seed_everything
 from ders.training.loggers import ForgivingLogger, report
 from ders.training.processes import Interrupted, die_with_parent, is_first_process, started_by_lightning, terminable
@@ -54,14 +52,14 @@ def run(config: DictConfig) -> float | None:
     """One job. Prints the path of its record as the last line on stdout; returns its validation score, for searches."""
     plain = to_plain(config)
     folder = run_folder(plain, ROOT)
-    if config.skip_completed and _finished(folder):
+    if config.skip_completed and finished(folder):
         log.info("%s has a finished record: skipped", folder)
         print(folder / "record.json", flush=True)
         return validation_score(folder)
     check(config)
     check_search(config)
     if starts_apart(config):
-        run_apart(plain, folder, _command(plain))
+        run_apart(plain, folder, command_of(plain))
         return validation_score(folder)
     if started_by_lightning():
         die_with_parent()
@@ -70,7 +68,7 @@ def run(config: DictConfig) -> float | None:
         work = kind(config, plain, folder)
         if not is_first_process():
             return None
-        with _alone_in(folder), _own_processes():
+        with alone_in(folder), _own_processes():
             return _record(plain, folder, work)
     except Interrupted as interrupted:
         # Not an error of this job alone: a sweep ends, too.
@@ -92,7 +90,7 @@ class Work:
 
 
 def _training_of(config: DictConfig, plain: dict[str, Any], folder: Path) -> Work:
-    checkpoint = _checkpoint(config, plain, folder)
+    checkpoint = checkpoint_of(config, plain, folder)
 
     def train(results: dict[str, Any]) -> str | None:
         step, steps = _train_and_score(config, plain, folder, checkpoint, results)
@@ -109,20 +107,20 @@ def _compression_of(config: DictConfig, plain: dict[str, Any], folder: Path) -> 
     vanilla = without_compression(config)
     trained = run_folder(to_plain(vanilla), ROOT)
     with waiting_for(trained):
-        if not _finished(trained):
+        if not finished(trained):
             log.info("no finished vanilla run of this configuration yet: training it")
             run(vanilla)
-    if is_first_process() and not _finished(trained):
+    if is_first_process() and not finished(trained):
         raise UserError(f"{trained} is not finished: continue it with ckpt_path=last and the same dials, then compress")
     return Work(functools.partial(compress_and_score, config, trained, folder))
 
 
 def _record(plain: dict[str, Any], folder: Path, work: Work) -> float | None:
     """Does the work and writes its record, whatever happens."""
-    record = start_record(ROOT, plain, _command(plain))
+    record = start_record(ROOT, plain, command_of(plain))
     if record["dirty"]:
         log.warning("there are uncommitted changes: the record of this run says so, and results/ will not take it")
-    _prepare_folder(folder, plain, resume=work.resume)
+    prepare_folder(folder, plain, resume=work.resume)
     # What stays if this process is killed, and can say no more.
     killed = (
         "the job, or a process of it, was killed before it could say why: its log may; continue with ckpt_path=last"
@@ -225,23 +223,6 @@ def _provenance(config: DictConfig, source: DataSource, prepared: PreparedData, 
     }
 
 
-def _command(plain: dict[str, Any]) -> list[str]:
-    """What repeats this very job, also one of a sweep, or the vanilla run behind a compression."""
-    overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else sys.argv[1:]
-    return ["python", "train.py", *(o for o in overrides if _belongs_to(o, plain))]
-
-
-def _belongs_to(override: str, plain: dict[str, Any]) -> bool:
-    """Whether an override of the sweep's job is one of this very configuration, which may be the job's vanilla run."""
-    head, *path = re.split(r"[.@]", override.lstrip("+~").split("=", 1)[0])
-    if head in ("compression", "experiments", "hparams_search"):
-        return head in plain
-    if head not in plain:  # a choice of files alone, as recipe=…
-        return (ROOT / "conf" / head).is_dir()
-    value = plain[head]
-    return bool(path) or isinstance(value, dict | list) or yaml.safe_load(override.split("=", 1)[1]) == value
-
-
 @contextlib.contextmanager
 def _loggers(
     config: DictConfig, plain: dict[str, Any], folder: Path, checkpoint: Path | None
@@ -264,61 +245,6 @@ def _loggers(
     finally:
         for logger in loggers:
             logger.close(status)
-
-
-def _checkpoint(config: DictConfig, plain: dict[str, Any], folder: Path) -> Saved | None:
-    """The checkpoint to continue from, checked to be this configuration's, on whatever processes."""
-    if config.ckpt_path is None:
-        return None
-    try:
-        saved = find(config.ckpt_path, folder / "checkpoints")
-    except CheckpointError as error:
-        raise UserError(str(error)) from error
-    if saved is None:
-        return None
-    differing = differences(without_trainer(saved.identity), without_trainer(identity(plain)))
-    if differing:
-        raise UserError(
-            f"ckpt_path={saved.folder} belongs to another configuration (there → here):\n  "
-            + "\n  ".join(differing[:10])
-            + "\nUse the same dials, or start without ckpt_path"
-        )
-    return saved
-
-
-def _prepare_folder(folder: Path, plain: dict[str, Any], *, resume: bool) -> None:
-    """An earlier attempt's files move aside when this one starts from the beginning: nothing is lost by a slip."""
-    if not resume and folder.exists() and any(folder.iterdir()):
-        attempts = folder / "previous"
-        attempts.mkdir(exist_ok=True)
-        previous = attempts / str(len(list(attempts.iterdir())))
-        entries = [entry for entry in folder.iterdir() if entry != attempts]
-        previous.mkdir()
-        for entry in entries:
-            entry.rename(previous / entry.name)
-        log.warning("starting over: what was here is now in %s. ckpt_path=last would have continued it", previous)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
-
-
-@contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """One process group per run folder: a second one of the same configuration is refused."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise UserError(f"{folder} is being written by another process with the same configuration") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _finished(folder: Path) -> bool:
-    file = folder / "record.json"
-    return file.exists() and read_record(file)["status"] == "finished"
 
 
 @contextlib.contextmanager
