@@ -4,6 +4,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -111,6 +113,19 @@ def test_a_missing_process_is_named() -> None:
         raise RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:23429")
     with pytest.raises(RuntimeError, match="something else"), missing_processes_named():
         raise RuntimeError("something else")
+
+
+def test_a_process_whose_parent_is_gone_before_it_looked_ends() -> None:
+    script = """
+import os, time
+os.environ["DERS_FIRST_PROCESS"] = "1000000000"  # nobody's, as of one that is gone
+from ders.training.processes import die_with_parent
+die_with_parent()
+time.sleep(60)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50)
+    assert done.returncode == 1
+    assert "the first process of this job is gone" in done.stderr
 
 
 @pytest.mark.slow

@@ -38,7 +38,14 @@ from ders.training.callbacks import peak_gib, reset_peak
 from ders.training.checkpoints import Saved, find, publish
 from ders.training.fit import fit, seed_everything
 from ders.training.loggers import ForgivingLogger, report
-from ders.training.processes import Interrupted, die_with_parent, is_first_process, started_by_lightning, terminable
+from ders.training.processes import (
+    Interrupted,
+    die_with_parent,
+    is_first_process,
+    leading,
+    started_by_lightning,
+    terminable,
+)
 
 log = logging.getLogger(__name__)
 
@@ -259,7 +266,8 @@ def _own_processes() -> Iterator[None]:
     if HydraConfig.initialized():
         sys.argv = [sys.argv[0], *HydraConfig.get().overrides.task, "hydra.mode=RUN"]
     try:
-        yield
+        with leading():
+            yield
     finally:
         sys.argv = arguments
         os.environ.clear()

@@ -20,6 +20,7 @@ from ders.kernels import global_sum
 from ders.training.checkpoints import Checkpoints
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_FIRST = "DERS_FIRST_PROCESS"
 # Seconds a process has to say what happened, once another of its job is gone.
 GRACE = 20.0
 
@@ -164,9 +165,20 @@ def watch_children(children: list[subprocess.Popen[bytes]]) -> None:
 subprocess_script._launch_process_observer = watch_children
 
 
+@contextlib.contextmanager
+def leading() -> Iterator[None]:
+    """Further processes that are started in here know whose end is theirs."""
+    os.environ[_FIRST] = str(os.getpid())
+    try:
+        yield
+    finally:
+        os.environ.pop(_FIRST, None)
+
+
 def die_with_parent() -> None:
     """End this process soon after the one that started it: nobody else would, were that one killed."""
-    parent = os.getppid()
+    # Named by it, for it may be gone before this one has come so far.
+    parent = int(os.environ.get(_FIRST, os.getppid()))
 
     def watch() -> None:
         while os.getppid() == parent:
