@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import os
-import pickle
 import shlex
 import sys
 import threading
@@ -179,11 +178,8 @@ def _ended(job: SweepJob, run: Path | None, job_return: JobReturn) -> SweepJob:
 
 def _portable(error: Exception) -> Exception:
     """The error itself, or one that says the same and can be sent to another process."""
-    try:
-        pickle.loads(pickle.dumps(error))
-        return error
-    except Exception:
-        return UserError(f"{type(error).__name__}: {error}")
+    sent_as_it_is = isinstance(error, UserError) or type(error).__module__ == "builtins"
+    return error if sent_as_it_is else UserError(f"{type(error).__name__}: {error}")
 
 
 def _run_of(config: DictConfig) -> Path | None:
