@@ -75,7 +75,8 @@ def model_of(folder: Path, step: int) -> Path:
 def test_publishing_replaces_what_was_there(tmp_path: Path) -> None:
     checkpoint = written(tmp_path, 1)
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "old").write_text("")
+    for name in ("config.json", "old"):
+        (tmp_path / "model" / name).write_text("")
     publish(checkpoint, tmp_path / "model")
     assert [file.name for file in (tmp_path / "model").iterdir()] == ["config.json"]
 

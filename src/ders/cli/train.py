@@ -232,7 +232,7 @@ def _provenance(config: DictConfig, source: DataSource, prepared: PreparedData, 
 
 @contextlib.contextmanager
 def _loggers(
-    config: DictConfig, plain: dict[str, Any], folder: Path, checkpoint: Path | None
+    config: DictConfig, plain: dict[str, Any], folder: Path, checkpoint: Saved | None
 ) -> Iterator[list[ForgivingLogger]]:
     """The loggers beside the CSV file, closed at the end: the next job of a sweep must not write into them."""
     if not config.logger or not is_first_process():

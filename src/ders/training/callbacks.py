@@ -23,10 +23,16 @@ def log_now(trainer: lightning.Trainer, values: dict[str, float]) -> None:
         logger.log_metrics(values, step=trainer.global_step - 1)
 
 
+def has_stepped(trainer: lightning.Trainer) -> bool:
+    """Whether this micro-batch was its optimizer step's last."""
+    return trainer.fit_loop.epoch_loop.batch_progress.current.ready % trainer.accumulate_grad_batches == 0
+
+
 def is_due(trainer: lightning.Trainer, every_n_steps: int) -> bool:
     """After every n-th optimizer step and the last, and not after the micro-batches between."""
-    stepped = trainer.fit_loop.epoch_loop.batch_progress.current.ready % trainer.accumulate_grad_batches == 0
-    return stepped and (trainer.global_step % every_n_steps == 0 or trainer.global_step == trainer.max_steps)
+    return has_stepped(trainer) and (
+        trainer.global_step % every_n_steps == 0 or trainer.global_step == trainer.max_steps
+    )
 
 
 class RoutingMonitor(Callback):

@@ -22,6 +22,7 @@ import lightning
 from lightning.pytorch.callbacks import Checkpoint as CheckpointCallback
 from lightning.pytorch.loggers import CSVLogger
 
+from ders.checkpoint import new_folder
 from ders.checkpoint.atomic import sync
 from ders.models.bundle import ModelBundle, save_bundle
 from ders.training.building import whole_state
@@ -252,11 +253,8 @@ def describe(trainer: lightning.Trainer, module: StageModule) -> dict[str, Any]:
 
 def publish(checkpoint: Path, folder: Path) -> None:
     """A checkpoint's model as the run's own `model/`: the same files, under two names where the disk can."""
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.copytree(checkpoint / "model", unfinished, copy_function=_link)
-    unfinished.rename(folder)
+    with new_folder(folder, overwrite=True) as unfinished:
+        shutil.copytree(checkpoint / "model", unfinished, copy_function=_link, dirs_exist_ok=True)
 
 
 def _link(source: str, target: str) -> None:

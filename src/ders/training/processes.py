@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies.launchers import subprocess_script
 
 from ders.kernels import global_sum
+from ders.training.callbacks import has_stepped
 from ders.training.checkpoints import Checkpoints
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -85,8 +86,7 @@ class StopOnSignal(Callback):
         self.received = signum
 
     def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, *_: Any) -> None:
-        stepped = trainer.fit_loop.epoch_loop.batch_progress.current.ready % trainer.accumulate_grad_batches == 0
-        if not stepped or trainer.global_step == trainer.max_steps:
+        if not has_stepped(trainer) or trainer.global_step == trainer.max_steps:
             return
         signals = torch.zeros(signal.NSIG, dtype=torch.int, device=module.device)
         signals[self.received] = 1
