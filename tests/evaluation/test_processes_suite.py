@@ -41,7 +41,7 @@ def test_two_processes_train_as_one(record: dict) -> None:
 @pytest.mark.slow
 def test_every_method_and_strategy_in_every_case(tmp_path: Path) -> None:
     record = equivalence_suite(tmp_path / "work")
-    assert len(record["rows"]) == 4 * 5 + 4 * 2 * 5 + 4 * 6
+    assert len(record["rows"]) == 4 * 5 + 5 * 2 * 5 + 4 * 6
     holds(record)
 
 

@@ -29,6 +29,7 @@ _PLAIN, CONTINUED = "one step, one batch", "continued"
 CASES: dict[str, dict[str, Any]] = {
     _PLAIN: {},
     "two micro-batches a step": {"accumulate": 2},
+    "two micro-batches, plain descent": {"accumulate": 2, "optimizer": "sgd"},
     "activation checkpointing": {"gradient_checkpointing": True},
     "a text model": {"images": False},
     "more experts than tokens": {"num_experts": 64, "top_k": 1, "rows": 4},

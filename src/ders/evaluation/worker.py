@@ -33,6 +33,11 @@ from ders.training.stages import StageData
 from ders.training.strategies import make_trainer
 from ders.upcycling import upcycle
 
+# AdamW does not feel how large all gradients are together, nor does anything that is clipped; plain descent does.
+OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, float], float | None]] = {
+    "adamw": (torch.optim.AdamW, {"lr": 1e-3}, 1.0),
+    "sgd": (torch.optim.SGD, {"lr": 0.1}, None),
+}
 # None: no experts. An empty choice: full copies.
 METHODS: dict[str, dict[str, Any] | None] = {
     "dense": None,
@@ -53,6 +58,7 @@ class Job:
         stop_after: optimizer steps, of `steps`; later jobs may go on with `resume`.
         rows, length: rows of a step, tokens of a row.
         images: every second row has one.
+        optimizer: one of `OPTIMIZERS`.
         measure_bytes: how far the second step's peak of memory is above what the process held before the model.
     """
 
@@ -72,6 +78,7 @@ class Job:
     accumulate: int = 1
     images: bool = True
     gradient_checkpointing: bool = False
+    optimizer: str = "adamw"
     measure_bytes: bool = False
 
     @property
@@ -113,13 +120,15 @@ def run_job(job: Job) -> dict[str, Any]:
             upcycle(model, num_experts=job.num_experts, top_k=job.top_k, gathered=gathered, **options)
 
     change(bundle.model)
+    optimizer, options, clip = OPTIMIZERS[job.optimizer]
     stage = LanguageStage(
         trainable="paper",
         global_batch_size=job.rows,
         accumulate=job.accumulate,
         max_steps=job.steps,
         # Fused: its steps need no temporary copies, which are no state.
-        optimizer=functools.partial(torch.optim.AdamW, lr=1e-3, fused=job.measure_bytes),
+        optimizer=functools.partial(optimizer, fused=job.measure_bytes, **options),
+        gradient_clip=clip,
         schedule=functools.partial(schedule, name="constant_with_warmup", warmup_fraction=0.0),
         save_every=max(1, job.stop_after or job.steps),
         gradient_checkpointing=job.gradient_checkpointing,
