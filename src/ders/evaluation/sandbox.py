@@ -158,7 +158,9 @@ class Sandbox:
 def bubblewrap() -> list[str]:
     """The command up to the program's own."""
     folders = {"/usr/lib", "/usr/lib64", "/lib", "/lib64", str(Path(_python()).parents[1] / "lib")}
-    folders |= {os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")}
+    # Of the interpreter, not of a virtual environment: that would be a folder of the user's.
+    base = {name: sys.base_prefix for name in ("base", "installed_base", "platbase", "installed_platbase")}
+    folders |= {os.path.realpath(sysconfig.get_path(name, vars=base)) for name in ("stdlib", "platstdlib")}
     command = [shutil.which("bwrap") or "bwrap", "--unshare-all", "--unshare-user", "--uid", "65534", "--gid", "65534"]
     command += ["--disable-userns", "--cap-drop", "ALL", "--die-with-parent", "--new-session", "--hostname", "sandbox"]
     for path in (*sorted(folders), "/etc/ld.so.cache", _python()):
