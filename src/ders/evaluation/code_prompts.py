@@ -3,15 +3,16 @@
 A completion is what stands after the problem's text: the program that runs is always `prompt + completion`. The text of
 a problem is valid Python, so a completion may also define the function anew.
 
-| prompt | the model reads | its completion |
-|---|---|---|
-| completion | the problem as it is | up to the first line that begins, without indentation, with one of `_NEW_STATEMENTS` |
-| magicoder | Magicoder's prompt; the response begins with an opened fence and the problem, without its last line break | up to the next fence |
-| chat | the tokenizer's chat template around the same instruction | the first fenced block that defines the function, else the first block, else all; a block that was not closed ends with the text |
+- `completion`: the model reads the problem as it is. Its completion goes up to the first line that begins, without
+  indentation, with one of `_NEW_STATEMENTS`.
+- `magicoder`: Magicoder's prompt, where the response already begins with an opened fence and the problem, without the
+  white space at its ends. The completion goes up to the next fence.
+- `chat`: the tokenizer's chat template around the same instruction. The completion is the first fenced block that
+  defines the function, else the first block, else all of the text; a block that was not closed ends with the text.
 
-Generation stops where this is settled, which is looked at after each line break and each fence. Nothing else is mended: a text that
-`max_new_tokens` cut within a statement does not compile. The first is the rule of HumanEval's authors with a few more beginnings,
-the second XFT's, which the paper follows.
+Generation stops where this is settled, which is looked at after each line break and each backtick. Nothing else is
+mended: a text that `max_new_tokens` cut within a statement does not compile. The first rule is that of HumanEval's
+authors with a few more beginnings, the second is XFT's, which the paper follows.
 """
 
 import re
@@ -20,10 +21,13 @@ from typing import Any
 from ders.data.conversation import Encoder, named_prompt
 from ders.evaluation.code_problems import CodeProblem
 
-CODE_PROMPTS = ("completion", "magicoder", "chat")
-
-_NEW_STATEMENTS = ("def ", "async def ", "class ", "@", "if ", "for ", "while ", "print(", "assert ", "import ", "from ")
-_NEW_STATEMENT = re.compile(r"\n(?:" + "|".join(map(re.escape, (*_NEW_STATEMENTS, "#", "```", '"""', "'''", "<|"))) + ")")
+# fmt: off
+_NEW_STATEMENTS = (
+    "def ", "async def ", "class ", "@", "if ", "for ", "while ", "print(", "assert ", "import ", "from ",
+    "#", "```", '"""', "'''", "<|",
+)
+# fmt: on
+_NEW_STATEMENT = re.compile(rf"\n(?:{'|'.join(map(re.escape, _NEW_STATEMENTS))})")
 _FENCE = "```"
 _BLOCK = re.compile(r"```[^\n`]*\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL)
 
@@ -32,12 +36,13 @@ def prompt_ids(tokenizer: Any, prompt: str, problem: CodeProblem) -> list[int]:
     """Token ids that a model reads for a problem.
 
     Raises:
-        ValueError: there is no such prompt, or `chat` was asked for and the tokenizer has no chat template.
+        ValueError: `chat` was asked for, and the tokenizer has no chat template.
     """
-    check_prompt(tokenizer, prompt)
     text = problem.prompt.strip()
     instruction = f"Write a solution to the following problem:\n```python\n{text}\n```"
     if prompt == "chat":
+        if tokenizer.chat_template is None:
+            raise ValueError("this tokenizer has no chat template: use evaluation.prompt=completion or magicoder")
         turns = [{"role": "user", "content": instruction}]
         return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"])
     encoder = Encoder(tokenizer, template=named_prompt(prompt))
@@ -45,18 +50,6 @@ def prompt_ids(tokenizer: Any, prompt: str, problem: CodeProblem) -> list[int]:
         return encoder.prompt(problem.prompt)
     begun = tokenizer(f"```python\n{text}", add_special_tokens=False)["input_ids"]
     return [*encoder.prompt(instruction), *begun]
-
-
-def check_prompt(tokenizer: Any, prompt: str) -> None:
-    """Refuse a prompt that cannot be given.
-
-    Raises:
-        ValueError: there is no such prompt, or `chat` was asked for and the tokenizer has no chat template.
-    """
-    if prompt not in CODE_PROMPTS:
-        raise ValueError(f"evaluation.prompt must be one of {', '.join(CODE_PROMPTS)}: got {prompt!r}")
-    if prompt == "chat" and tokenizer.chat_template is None:
-        raise ValueError("this tokenizer has no chat template: use evaluation.prompt=completion or magicoder")
 
 
 def sanitized(prompt: str, text: str, entry_point: str) -> str:

@@ -24,22 +24,25 @@ _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 4, 22, 2
 _ALLOW, _REFUSE, _KILL = 0x7FFF0000, 0x00050001, 0x80000000  # the second: EPERM
 _REASON_LENGTH = 300
 
-# Audit number of the machine, and the system calls refused: a new process or thread, another namespace, memory that the
-# limit of the address space does not count, another process's memory, and wide kernel interfaces that no solution needs.
-# For root a limit on processes would not bite.
+# Audit number of the machine, and the system calls refused: a new process or thread (for root a limit on processes
+# would not bite), another namespace, memory that the limit of the address space does not count, another process's
+# memory, and wide kernel interfaces that no solution needs.
 _FILTERS = {
     "x86_64": (
         0xC000003E,
-        (56, 57, 58, 435)  # clone, fork, vfork, clone3
-        + (272, 308)  # unshare, setns
-        + (29, 319, 447)  # shmget, memfd_create, memfd_secret
-        + (101, 310, 311, 438)  # ptrace, process_vm_readv, process_vm_writev, pidfd_getfd
-        + (425, 321, 298, 323)  # io_uring_setup, bpf, perf_event_open, userfaultfd
-        + (248, 249, 250),  # add_key, request_key, keyctl
+        [
+            *(56, 57, 58, 435),  # clone, fork, vfork, clone3
+            *(272, 308),  # unshare, setns
+            *(29, 319, 447),  # shmget, memfd_create, memfd_secret
+            *(101, 310, 311, 438),  # ptrace, process_vm_readv, process_vm_writev, pidfd_getfd
+            *(425, 321, 298, 323),  # io_uring_setup, bpf, perf_event_open, userfaultfd
+            *(248, 249, 250),  # add_key, request_key, keyctl
+        ],
     ),
+    # The same in the same order; it has neither fork nor vfork.
     "aarch64": (
         0xC00000B7,
-        (220, 435) + (97, 268) + (194, 279, 447) + (117, 270, 271, 438) + (425, 280, 241, 282) + (217, 218, 219),
+        [220, 435, 97, 268, 194, 279, 447, 117, 270, 271, 438, 425, 280, 241, 282, 217, 218, 219],
     ),
 }
 
@@ -48,7 +51,7 @@ class _TimedOut(BaseException):
     """Not an `Exception`, so that no test can swallow it."""
 
 
-class _Failed(Exception):
+class _FailedError(Exception):
     """The program could not give a value; says why."""
 
 
@@ -84,7 +87,7 @@ def main() -> None:
         verdict = {"timed_out": True, "reason": "timed out"}
     except AssertionError as error:
         verdict = {"reason": f"wrong answer: {error}" if str(error) else "wrong answer"}
-    except _Failed as error:
+    except _FailedError as error:
         verdict = {"reason": str(error)}
     except BaseException as error:
         verdict = {"reason": f"{type(error).__name__} in the tests: {error}"}
@@ -128,14 +131,14 @@ class _Program:
         except BrokenPipeError:
             line = b""
         if not line:
-            raise _Failed(self._ending())
+            raise _FailedError(self._ending())
         try:
             answer = json.loads(line)
             if "error" in answer:
-                raise _Failed(str(answer["error"]))
+                raise _FailedError(str(answer["error"]))
             return answer["value"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise _Failed("the program wrote into the channel of its answers") from error
+            raise _FailedError("the program wrote into the channel of its answers") from error
 
     def _ending(self) -> str:
         os.kill(self._child, signal.SIGKILL)  # where it closed its pipes and lives on

@@ -2,18 +2,18 @@
 
 What holds for a program, each tested with one that tries:
 
-- no network; its own process, user, mount, IPC and host namespaces; all capabilities dropped; an environment of two
+- no network; its own process, user, mount, IPC and host namespaces; all capabilities dropped; an environment of three
   harmless variables;
-- of the file system it sees Python, the system's libraries and a few devices, all read-only, and an empty `/tmp` of 64 MiB in memory
-  that goes with it; no `/proc`, no `/etc`, no home, nothing of this repository but the judge's source;
+- of the file system it sees Python, the system's libraries and a few devices, all read-only, and an empty `/tmp` of
+  64 MiB in memory that goes with it; no `/proc`, no `/etc`, no home, nothing of this repository but the judge's source;
 - one process with one thread: the kernel refuses it another (a seccomp filter, for root a limit would not bite), other
   namespaces, and shared memory that no limit counts. 1 GiB of address space, 64 open files, files of 16 MiB, no core;
 - CPU and wall-clock time; the judge's time limit starts when the program does, and a second one, some seconds longer,
   kills everything from outside. What it prints goes nowhere; of the judge 64 KiB are read;
 - with bubblewrap's first process all others die, and it dies with the process that started it.
 
-Whether it passed is decided in another process of the sandbox, which alone holds the tests (`judge.py`), and told with a
-token that is new for each program.
+Whether it passed is decided in another process of the sandbox, which alone holds the tests (`judge.py`), and told with
+a token that is new for each program.
 
 Not defended against: holes in the Linux kernel, in bubblewrap or in Python's JSON reader; side channels; what files
 below the system's library folders say to who reads them; use of the machine's CPU and, up to the limits, of its memory.
@@ -159,7 +159,7 @@ def bubblewrap() -> list[str]:
     """The command up to the program's own."""
     folders = {"/usr/lib", "/usr/lib64", "/lib", "/lib64", str(Path(_python()).parents[1] / "lib")}
     # Of the interpreter, not of a virtual environment: that would be a folder of the user's.
-    base = {name: sys.base_prefix for name in ("base", "installed_base", "platbase", "installed_platbase")}
+    base = dict.fromkeys(("base", "installed_base", "platbase", "installed_platbase"), sys.base_prefix)
     folders |= {os.path.realpath(sysconfig.get_path(name, vars=base)) for name in ("stdlib", "platstdlib")}
     command = [shutil.which("bwrap") or "bwrap", "--unshare-all", "--unshare-user", "--uid", "65534", "--gid", "65534"]
     command += ["--disable-userns", "--cap-drop", "ALL", "--die-with-parent", "--new-session", "--hostname", "sandbox"]
