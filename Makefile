@@ -11,6 +11,7 @@ train: .venv/.installed
 	$(BIN)/python train.py
 
 test: .venv/.installed
+	@command -v bwrap >/dev/null || echo "bubblewrap is missing: tests that run generated code will be skipped (apt-get install bubblewrap)"
 	# One thread a worker: two cores are all a test may count on.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
