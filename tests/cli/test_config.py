@@ -100,6 +100,13 @@ def test_loggers(logger: str, tmp_path: Path) -> None:
     assert run_folder(to_plain(config), ROOT) == run_folder(to_plain(composed()), ROOT)
 
 
+@pytest.mark.parametrize("evaluation", choices("evaluation"))
+def test_evaluations(evaluation: str) -> None:
+    data = ["evaluation.data=x.jsonl"] if evaluation.endswith("_plus") else []
+    built = instantiate(composed("checkpoint=x", f"evaluation={evaluation}", *data, name="eval").evaluation)
+    assert built.name == evaluation
+
+
 @pytest.mark.parametrize("launcher", choices("hydra/launcher"))
 def test_launchers(launcher: str) -> None:
     GlobalHydra.instance().clear()

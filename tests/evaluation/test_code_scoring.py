@@ -1,6 +1,9 @@
 """From problems to pass@1: prompts, what is taken of a text, generation that stops by rule, the count."""
 
+import gzip
+import json
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ders.evaluation import code_scoring
 from ders.evaluation.code_options import CodeOptions
-from ders.evaluation.code_problems import CodeProblem, HumanEval
+from ders.evaluation.code_problems import CodeProblem, HumanEval, HumanEvalPlus
 from ders.evaluation.code_prompts import prompt_ids, sanitized, settled
 from ders.evaluation.code_scoring import CodeScore, generate_completions, score_code
 from ders.evaluation.sandbox import Sandbox
@@ -213,6 +216,54 @@ def test_scores_count_what_passed(bundle: ModelBundle, sandbox: Sandbox, monkeyp
     assert (told["num_passed"], told["num_problems"], told["num_available"], told["num_timed_out"]) == (1, 3, 164, 1)
     assert told["pass@1"] == pytest.approx(1 / 3)
     assert told["time_limit"] == 1.5
+
+
+PLUS = [
+    {
+        "task_id": "HumanEval/0", "prompt": 'def f(n):\n    """n!"""\n', "entry_point": "f", "contract": "", "atol": 0,
+        "canonical_solution": "    return n * f(n - 1) if n else 1\n", "base_input": [[3]], "plus_input": [[0], [40]],
+    },
+    {
+        "task_id": "HumanEval/1", "prompt": 'def g(xs):\n    """Halves."""\n', "entry_point": "g", "contract": "",
+        "canonical_solution": "    return [x / 2 for x in xs]\n", "base_input": [[[1, 2]]], "plus_input": [[[]]],
+        "atol": 0,
+    },
+    {
+        "task_id": "HumanEval/32", "prompt": PROBLEMS[32].prompt, "entry_point": "find_zero", "contract": "",
+        "canonical_solution": PROBLEMS[32].canonical, "base_input": [[[1, 2]]], "plus_input": [[[-1, 0, 1, 0]]],
+        "atol": 1e-4,
+    },
+]  # fmt: skip
+
+
+def test_plus_compares_with_the_reference(sandbox: Sandbox, tmp_path: Path) -> None:
+    file = tmp_path / "HumanEvalPlus.jsonl.gz"
+    with gzip.open(file, "wt") as lines:
+        lines.writelines(json.dumps(row) + "\n" for row in PLUS)
+    problems = HumanEvalPlus(data=str(file)).problems()
+    assert all(verdicts(sandbox, problems, canonical=True))
+    assert not any(verdicts(sandbox, problems, canonical=False))
+    answers = {
+        "f": [
+            ("    return 6 if n == 3 else 1\n", "wrong answer: for [40]"),
+            ("    return [1, 1, 2, 6][n]\n", "IndexErr"),
+        ],
+        "g": [("    return [x / 2 + 1e-9 for x in xs]\n", "passed"), ("    return xs\n", "wrong answer")],
+        "find_zero": [("    return -0.5 if xs[0] == 1 else -1.0\n", "passed"), ("    return -0.5\n", "wrong answer")],
+    }
+    for problem in problems:
+        for body, reason in answers[problem.entry_point]:
+            verdict = sandbox.judge(problem.prompt + body, problem.entry_point, problem.prompt, problem.check)
+            assert verdict.reason.startswith(reason)
+
+
+def test_plus_needs_its_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no such file\. evalplus publishes"):
+        HumanEvalPlus(data=str(tmp_path / "x")).problems()
+    for text in ("{", '{"task_id": "a"}\n', "[]"):
+        (tmp_path / "x").write_text(text)
+        with pytest.raises(ValueError, match="not in the layout"):
+            HumanEvalPlus(data=str(tmp_path / "x")).problems()
 
 
 @pytest.mark.parametrize(
