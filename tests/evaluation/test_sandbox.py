@@ -34,6 +34,12 @@ def judge(sandbox: Sandbox, program: str, check: str = CHECK) -> Any:
     return sandbox.judge(program, "f", "", check)
 
 
+@pytest.fixture(scope="module")
+def patient(sandbox: Sandbox) -> Sandbox:
+    """For programs that end by themselves, however busy the machine is."""
+    return Sandbox(20.0)
+
+
 def leftovers() -> list[str]:
     """Command lines of processes of any sandbox."""
     found = []
@@ -55,18 +61,18 @@ def all_gone(seconds: float = 5.0) -> bool:
     return not leftovers()
 
 
-def test_right_and_wrong_programs(sandbox: Sandbox) -> None:
-    right = judge(sandbox, RIGHT)
+def test_right_and_wrong_programs(patient: Sandbox) -> None:
+    right = judge(patient, RIGHT)
     assert (right.passed, right.reason, right.timed_out) == (True, "passed", False)
-    wrong = judge(sandbox, "def f(x):\n    return 2\n")
+    wrong = judge(patient, "def f(x):\n    return 2\n")
     assert (wrong.passed, wrong.reason) == (False, "wrong answer")
-    assert judge(sandbox, "def f(x:\n").reason.startswith("SyntaxError: ")
-    assert judge(sandbox, "def g(x): pass").reason == "NameError: the program defines no function f"
-    assert judge(sandbox, "def f(x):\n    return x + y").reason == "NameError: name 'y' is not defined"
-    assert "no plain data" in judge(sandbox, "def f(x):\n    return object()").reason
+    assert judge(patient, "def f(x:\n").reason.startswith("SyntaxError: ")
+    assert judge(patient, "def g(x): pass").reason == "NameError: the program defines no function f"
+    assert judge(patient, "def f(x):\n    return x + y").reason == "NameError: name 'y' is not defined"
+    assert "no plain data" in judge(patient, "def f(x):\n    return object()").reason
 
 
-def test_values_keep_their_types(sandbox: Sandbox) -> None:
+def test_values_keep_their_types(patient: Sandbox) -> None:
     values: list[Any] = [
         None, True, 1, -(10**5000), 0.1, float("inf"), 1 + 2j, "é\ud800", b"\0", [1, [2]], (1, (2,)), {1, (2, 3)},
         frozenset({1}), {"a": [1], (1, 2): {None: 3}, 4: ()},
@@ -83,7 +89,7 @@ def test_values_keep_their_types(sandbox: Sandbox) -> None:
     }
     check = "def check(candidate):\n" + "".join(f"    assert candidate({k!r}) == {v}\n" for k, v in cases.items())
     check += "    assert candidate('range(3)') != [0, 1, 2] and list(candidate('map(str, [1])')) == ['1']\n"
-    assert judge(sandbox, program, check).reason == "passed"
+    assert judge(patient, program, check).reason == "passed"
 
 
 FAKES = programs("fakes")
@@ -99,18 +105,18 @@ def test_no_pass_without_right_answers(sandbox: Sandbox, name: str) -> None:
     assert judge(sandbox, RIGHT).passed
 
 
-def test_neither_token_nor_tests_are_in_the_program(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neither_token_nor_tests_are_in_the_program(patient: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox_module.secrets, "token_hex", lambda: "token-0f1e")
     check = "def check(candidate):\n    found = candidate(1)\n    assert found == [], found\n"
-    assert judge(sandbox, FAKES["searching its memory for the token"], check).reason == "passed"
+    assert judge(patient, FAKES["searching its memory for the token"], check).reason == "passed"
 
 
-def test_reasons_name_what_happened(sandbox: Sandbox) -> None:
-    assert judge(sandbox, FAKES["os._exit(0)"]).reason == "the program ended before it answered (exit code 0)"
-    assert judge(sandbox, FAKES["sys.exit(0)"]).reason == "SystemExit: 0"
-    assert judge(sandbox, FAKES["a segmentation fault"]).reason.endswith("(killed by SIGSEGV)")
-    assert judge(sandbox, FAKES["10 GB"]).reason.startswith("MemoryError")
-    assert judge(sandbox, FAKES["writing to every descriptor"]).reason == (
+def test_reasons_name_what_happened(patient: Sandbox) -> None:
+    assert judge(patient, FAKES["os._exit(0)"]).reason == "the program ended before it answered (exit code 0)"
+    assert judge(patient, FAKES["sys.exit(0)"]).reason == "SystemExit: 0"
+    assert judge(patient, FAKES["a segmentation fault"]).reason.endswith("(killed by SIGSEGV)")
+    assert judge(patient, FAKES["10 GB"]).reason.startswith("MemoryError")
+    assert judge(patient, FAKES["writing to every descriptor"]).reason == (
         "the program wrote into the channel of its answers"
     )
 
@@ -119,7 +125,7 @@ ATTEMPTS = programs("attempts")
 
 
 @pytest.mark.parametrize("name", ATTEMPTS)
-def test_nothing_is_reached(sandbox: Sandbox, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_reached(patient: Sandbox, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_SECRET", "SECRET")
     host = tmp_path / "host"
     host.write_text("untouched")
@@ -139,7 +145,7 @@ def test_nothing_is_reached(sandbox: Sandbox, name: str, tmp_path: Path, monkeyp
     assert host.read_text() == "untouched"
     assert os.listdir(tmp_path) == ["host"]
     assert all_gone()
-    assert judge(sandbox, RIGHT).passed
+    assert judge(patient, RIGHT).passed
 
 
 LOOPS = programs("loops")
@@ -150,7 +156,7 @@ def test_time_is_limited(name: str, sandbox: Sandbox) -> None:
     verdict = judge(sandbox, LOOPS[name])
     assert not verdict.passed
     assert verdict.timed_out is (name != "its pipes closed")
-    assert verdict.seconds < sandbox.time_limit + 2
+    assert verdict.seconds < sandbox.time_limit + sandbox_module._GRACE_SECONDS + 1
     assert all_gone()
 
 
