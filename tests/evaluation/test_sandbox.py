@@ -137,7 +137,7 @@ def test_nothing_is_reached(patient: Sandbox, name: str, tmp_path: Path, monkeyp
         body = body.replace("PORT", str(server.getsockname()[1])).replace("ALLOWED", repr(allowed))
         program = f"def f():\n    done = []\n{textwrap.indent(body, '    ')}    return done\n"
         verdict = judge(
-            sandbox, program, "def check(candidate):\n    done = candidate()\n    assert done == [], done\n"
+            patient, program, "def check(candidate):\n    done = candidate()\n    assert done == [], done\n"
         )
         assert verdict.reason == "passed"
         with pytest.raises(BlockingIOError):
