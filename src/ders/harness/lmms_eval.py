@@ -128,10 +128,13 @@ class DersLMM(lmms):
 
 def _greedy(options: dict[str, Any]) -> tuple[int, list[str]]:
     """(most tokens of an answer, what ends it)."""
-    if options.get("do_sample") or options.get("temperature") or (options.get("num_beams") or 1) > 1:
-        raise ValueError(f"answers are greedy here, and the task asks for {options}: --gen_kwargs temperature=0")
-    until = options.get("until") or []
-    return int(options.get("max_new_tokens") or 1024), [until] if isinstance(until, str) else until
+    # Some tasks name a temperature and switch sampling off, MM-Vet for one.
+    sampled = options.get("do_sample", bool(options.get("temperature")))
+    if sampled or options.get("num_beams", 1) > 1:
+        raise ValueError(f"answers are greedy here, and the task asks for {options}: --gen_kwargs do_sample=False")
+    until = options.get("until", [])
+    # Where a task sets no limit, the harness' own LLaVA takes this one.
+    return int(options.get("max_new_tokens", 1024)), [until] if isinstance(until, str) else until
 
 
 def _before(until: list[str], answer: str) -> str:
