@@ -22,6 +22,10 @@ from ders.data.conversation import Encoder
 from ders.harness.tasks import write_task
 
 ACTIONS = ("check", "harness")
+HARNESSES = {
+    "lm-eval": ".venv-lm-eval/bin/python -m ders.harness.lm_eval --model ders --model_args pretrained=DIR,prompt=auto",
+    "lmms-eval": ".venv-lmms-eval/bin/lmms-eval --model ders --model_args pretrained=DIR",
+}
 
 
 def main() -> None:
@@ -64,14 +68,12 @@ def _write_task(config: DictConfig, name: str, source: DataSource) -> None:
     if config.output is None:
         raise UserError("action=harness writes a folder: name it, output=DIR")
     prepared = source.prepare(ROOT / config.output_dir / "cache")
-    folder = Path(config.output)
-    about = write_task(folder, name, source, prepared, config.split)
+    about = write_task(Path(config.output), name, source, prepared, config.split)
     if config.format == "json":
-        print(json.dumps({**about, "folder": str(folder)}))
+        print(json.dumps({**about, "folder": config.output}))
     else:
-        print(
-            f"{about['num_questions']:,} questions: {about['harness']} --tasks {about['task']} --include_path {folder}"
-        )
+        print(f"{about['num_questions']:,} questions; `make {about['harness']}` once, then")
+        print(f"{HARNESSES[about['harness']]} --tasks {about['task']} --include_path {config.output}")
 
 
 def _tokenizer(folder: Path) -> Any:
