@@ -1,5 +1,7 @@
 """What the harnesses are given, and what they are held against."""
 
+import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,14 @@ def data_of(name: str, outputs: Path) -> tuple[DataSource, PreparedData]:
 
 
 def written(bundle: ModelBundle, folder: Path, prompt: str) -> Path:
-    """A folder of a model upcycled and with weights of some size, trained in that prompt by its own account."""
-    ders.upcycle(bundle.model, layers="all")
+    """A folder of a model upcycled and compressed to 2 bits, trained in that prompt by its own account."""
     for parameter in bundle.model.parameters():
         parameter.data.normal_(std=0.2)
+    dense = copy.deepcopy(bundle.model)
+    ders.upcycle(bundle.model, layers="all")
+    for parameter in bundle.model.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    ders.compress(bundle.model, dense, delta=functools.partial(ders.QuantizedDelta, bits=2))
     save_bundle(bundle, folder, {"prompt": vars(PROMPTS[prompt])})
     return folder
 
