@@ -7,6 +7,7 @@ folders of upcycled models.
 from ders.accounting import count_parameters
 from ders.compression import compress, compress_folder
 from ders.deltas import Delta, LowRankDelta, QuantizedDelta, SparseDelta, ZeroDelta
+from ders.models import efficientnet
 from ders.models.adapters import load_adapter, save_adapter
 from ders.models.exporting import export
 from ders.models.registration import register
@@ -17,6 +18,7 @@ from ders.upcycling.adapters import adapters, remove_adapter, set_adapter
 __version__ = "0.1.0"
 
 register()
+efficientnet.register()
 
 __all__ = [
     "Delta",
