@@ -42,6 +42,12 @@ def test_a_split_as_a_task(images: bool, tmp_path: Path) -> None:
         write_task(tmp_path / "task", "digits", source, prepared)
 
 
+def test_what_is_scored_by_likelihood_is_refused(tmp_path: Path) -> None:
+    source = DigitsVQA(num_train=1, num_val=1, num_test=1, images=False, scored_by="likelihood")
+    with pytest.raises(ValueError, match="scored by likelihood"):
+        write_task(tmp_path / "task", "digits", source, source.prepare(tmp_path))
+
+
 def test_questions_without_a_picture_stand_beside_those_with_one(tmp_path: Path) -> None:
     source = DigitsVQA(num_train=1, num_val=1, num_test=1)
     folder = source.prepare(tmp_path).paths("test")[0].parent

@@ -31,7 +31,10 @@ def write_task(
     Raises:
         DataError: there is no such split, or rows of it cannot be used.
         ModelFolderError: the folder exists.
+        ValueError: the data is scored by likelihood.
     """
+    if source.scored_by != "answers":
+        raise ValueError("only data with answers to match becomes a task: this one is scored by likelihood")
     task = f"ders_{name}_{split}"
     docs = [_doc(item, prepared.image_root) for row in prepared.split(split) for item in single_questions(row)]
     pictured = any("image" in doc for doc in docs)
