@@ -166,4 +166,4 @@ def sandbox() -> Any:
 
     if why := why_no_sandbox():
         pytest.skip(why)
-    return Sandbox(1.5)
+    return Sandbox(1.0)

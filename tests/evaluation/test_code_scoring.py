@@ -189,14 +189,17 @@ def verdicts(sandbox: Sandbox, problems: list[CodeProblem], *, canonical: bool) 
         return list(pool.map(judged, problems))
 
 
-def test_canonical_solutions_pass_and_empty_ones_do_not(sandbox: Sandbox) -> None:
+@pytest.mark.usefixtures("sandbox")
+def test_canonical_solutions_pass_and_empty_ones_do_not() -> None:
+    careful = Sandbox(10.0)
     assert len(PROBLEMS) == 164
-    assert all(verdicts(sandbox, CHOSEN, canonical=True))
-    assert not any(verdicts(sandbox, CHOSEN, canonical=False))
+    assert all(verdicts(careful, CHOSEN, canonical=True))
+    assert not any(verdicts(careful, CHOSEN, canonical=False))
 
 
 @pytest.mark.slow
-def test_all_canonical_solutions_pass_and_no_empty_one_does(sandbox: Sandbox) -> None:
+@pytest.mark.usefixtures("sandbox")
+def test_all_canonical_solutions_pass_and_no_empty_one_does() -> None:
     careful = Sandbox(10.0)
     assert sum(verdicts(careful, PROBLEMS, canonical=True)) == 164
     assert sum(verdicts(careful, PROBLEMS, canonical=False)) == 0
@@ -215,7 +218,7 @@ def test_scores_count_what_passed(bundle: ModelBundle, sandbox: Sandbox, monkeyp
     told = found.to_dict()
     assert (told["num_passed"], told["num_problems"], told["num_available"], told["num_timed_out"]) == (1, 3, 164, 1)
     assert told["pass@1"] == pytest.approx(1 / 3)
-    assert told["time_limit"] == 1.5
+    assert told["time_limit"] == sandbox.time_limit
 
 
 PLUS = [
@@ -236,13 +239,15 @@ PLUS = [
 ]  # fmt: skip
 
 
-def test_plus_compares_with_the_reference(sandbox: Sandbox, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("sandbox")
+def test_plus_compares_with_the_reference(tmp_path: Path) -> None:
     file = tmp_path / "HumanEvalPlus.jsonl.gz"
     with gzip.open(file, "wt") as lines:
         lines.writelines(json.dumps(row) + "\n" for row in PLUS)
+    careful = Sandbox(10.0)
     problems = HumanEvalPlus(data=str(file)).problems()
-    assert all(verdicts(sandbox, problems, canonical=True))
-    assert not any(verdicts(sandbox, problems, canonical=False))
+    assert all(verdicts(careful, problems, canonical=True))
+    assert not any(verdicts(careful, problems, canonical=False))
     answers = {
         "f": [
             ("    return 6 if n == 3 else 1\n", "wrong answer: for [40]"),
@@ -253,7 +258,7 @@ def test_plus_compares_with_the_reference(sandbox: Sandbox, tmp_path: Path) -> N
     }
     for problem in problems:
         for body, reason in answers[problem.entry_point]:
-            verdict = sandbox.judge(problem.prompt + body, problem.entry_point, problem.prompt, problem.check)
+            verdict = careful.judge(problem.prompt + body, problem.entry_point, problem.prompt, problem.check)
             assert verdict.reason.startswith(reason)
 
 
