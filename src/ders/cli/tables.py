@@ -72,7 +72,8 @@ def build_tables(config: DictConfig) -> None:
     if any(claims[name]["published"] for name in built):
         write_verdicts(verdicts, results / "claims.md", rows_behind(known, results))
     if config.readme:
-        update_readme(ROOT / "README.md", results)
+        for file in (ROOT / "README.md", results / "README.md"):
+            update_readme(file, results)
     if config.format == "json":
         print(json.dumps(built))
 
