@@ -6,7 +6,7 @@ folders of upcycled models.
 
 from ders.accounting import count_parameters
 from ders.compression import compress, compress_folder
-from ders.deltas import Delta, LowRankDelta, QuantizedDelta, SparseDelta, ZeroDelta
+from ders.deltas import Delta, LowRankDelta, NeuronDelta, QuantizedDelta, SparseDelta, ZeroDelta
 from ders.models.adapters import load_adapter, save_adapter
 from ders.models.exporting import export
 from ders.models.registration import register
@@ -21,6 +21,7 @@ register()
 __all__ = [
     "Delta",
     "LowRankDelta",
+    "NeuronDelta",
     "NoisyMLPRouter",
     "QuantizedDelta",
     "Router",

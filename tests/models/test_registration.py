@@ -21,6 +21,7 @@ DELTAS: dict[str, Any] = {
     "vanilla": None,
     "ders_sm": functools.partial(ders.SparseDelta, sparsity=0.9),
     "ders_lm": functools.partial(ders.LowRankDelta, rank=2),
+    "ders_neuron": functools.partial(ders.NeuronDelta, neurons=3),
 }
 IDS = torch.tensor([[1, 5, 9, 30, 2, 17]])
 

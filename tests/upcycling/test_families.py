@@ -14,6 +14,7 @@ METHODS: dict[str, Any] = {
     "vanilla": None,
     "ders_sm": functools.partial(ders.SparseDelta, sparsity=0.9),
     "ders_lm": functools.partial(ders.LowRankDelta, rank=2),
+    "ders_neuron": functools.partial(ders.NeuronDelta, neurons=3),
 }
 INPUTS = {"input_ids": torch.tensor([[3, 7, 11, 19, 2, 5], [4, 4, 60, 33, 9, 1]])}
 

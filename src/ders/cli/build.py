@@ -120,6 +120,7 @@ _TYPES = {
     "num_experts": _WHOLE,
     "top_k": _WHOLE,
     "rank": _WHOLE,
+    "neurons": _WHOLE,
     "bits": _WHOLE,
     "seed": _WHOLE,
     "parent_seed": _WHOLE,
