@@ -6,7 +6,16 @@ folders of upcycled models.
 
 from ders.accounting import count_parameters
 from ders.compression import compress, compress_folder
-from ders.deltas import Delta, LowRankDelta, NeuronDelta, QuantizedDelta, SparseDelta, ZeroDelta
+from ders.deltas import (
+    Delta,
+    LowRankDelta,
+    NeuronDelta,
+    QuantizedDelta,
+    RegrownSparseDelta,
+    ScoredSparseDelta,
+    SparseDelta,
+    ZeroDelta,
+)
 from ders.models.adapters import load_adapter, save_adapter
 from ders.models.exporting import export
 from ders.models.registration import register
@@ -24,7 +33,9 @@ __all__ = [
     "NeuronDelta",
     "NoisyMLPRouter",
     "QuantizedDelta",
+    "RegrownSparseDelta",
     "Router",
+    "ScoredSparseDelta",
     "SparseDelta",
     "TopKRouter",
     "ZeroDelta",

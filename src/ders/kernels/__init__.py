@@ -1,6 +1,6 @@
 """Fast tensor functions, each beside its slow oracle (floor 0: torch only)."""
 
-from ders.kernels.distributed import global_sum
+from ders.kernels.distributed import from_first, global_sum
 from ders.kernels.forms import Coded, Form, LowRank, Neurons, Sparse, entry_rows
 from ders.kernels.grouped import grouped_linear, grouped_linear_oracle
 from ders.kernels.mix import can_mix, can_mix_slots, mix_experts, mix_experts_oracle, mix_slots, name_activation
@@ -34,6 +34,7 @@ __all__ = [
     "centred_grid",
     "dequantize",
     "entry_rows",
+    "from_first",
     "global_sum",
     "grouped_linear",
     "grouped_linear_oracle",
