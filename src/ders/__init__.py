@@ -8,6 +8,7 @@ from ders.accounting import count_parameters
 from ders.compression import compress, compress_folder
 from ders.deltas import (
     Delta,
+    LowRankByLayerDelta,
     LowRankDelta,
     NeuronDelta,
     QuantizedDelta,
@@ -29,6 +30,7 @@ register()
 
 __all__ = [
     "Delta",
+    "LowRankByLayerDelta",
     "LowRankDelta",
     "NeuronDelta",
     "NoisyMLPRouter",

@@ -22,6 +22,8 @@ DELTAS: dict[str, Any] = {
     "ders_sm": functools.partial(ders.SparseDelta, sparsity=0.9),
     "ders_lm": functools.partial(ders.LowRankDelta, rank=2),
     "ders_neuron": functools.partial(ders.NeuronDelta, neurons=3),
+    "ders_lm_by_layer": functools.partial(ders.LowRankByLayerDelta, rank=3, tilt=1.0),
+    "ders_sm_rigl": functools.partial(ders.RegrownSparseDelta, sparsity=0.9),
 }
 IDS = torch.tensor([[1, 5, 9, 30, 2, 17]])
 

@@ -129,7 +129,7 @@ _TYPES = {
     "bits": _WHOLE,
     "seed": _WHOLE,
     "parent_seed": _WHOLE,
-} | {"sparsity": _NUMBER}
+} | {"sparsity": _NUMBER, "tilt": _NUMBER}
 
 
 def _check_types(config: DictConfig) -> None:

@@ -7,6 +7,7 @@ import importlib
 import pkgutil
 
 from ders.deltas.base import Delta, Place
+from ders.deltas.by_layer import LowRankByLayerDelta
 from ders.deltas.low_rank import LowRankDelta
 from ders.deltas.neurons import NeuronDelta
 from ders.deltas.quantized import QuantizedDelta
@@ -20,6 +21,7 @@ for _module in pkgutil.iter_modules(__path__):
 
 __all__ = [
     "Delta",
+    "LowRankByLayerDelta",
     "LowRankDelta",
     "NeuronDelta",
     "Place",
