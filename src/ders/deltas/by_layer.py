@@ -31,6 +31,7 @@ class LowRankByLayerDelta(LowRankDelta):
     def at(
         cls, place: Place, num_experts: int, out_features: int, in_features: int, **dials: Any
     ) -> "LowRankByLayerDelta":
+        """With its layer's share of all ranks together."""
         rank, tilt = dials["rank"], dials["tilt"]
         if rank < 2:
             raise ValueError(f"rank must be at least 2 for layers to share it unevenly: got {rank}. Or use one for all")
