@@ -23,6 +23,7 @@ from ders.models.registration import register
 from ders.moe import NoisyMLPRouter, Router, TopKRouter, set_execution
 from ders.upcycling import certify, save_routers, set_trainable, upcycle
 from ders.upcycling.adapters import adapters, remove_adapter, set_adapter
+from ders.upcycling.positions import choose_by_fisher
 
 __version__ = "0.1.0"
 
@@ -43,6 +44,7 @@ __all__ = [
     "ZeroDelta",
     "adapters",
     "certify",
+    "choose_by_fisher",
     "compress",
     "compress_folder",
     "count_parameters",
