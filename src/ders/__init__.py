@@ -17,6 +17,7 @@ from ders.deltas import (
     SparseDelta,
     ZeroDelta,
 )
+from ders.models import efficientnet
 from ders.models.adapters import load_adapter, save_adapter
 from ders.models.exporting import export
 from ders.models.registration import register
@@ -28,6 +29,7 @@ from ders.upcycling.positions import choose_by_fisher
 __version__ = "0.1.0"
 
 register()
+efficientnet.register()
 
 __all__ = [
     "Delta",

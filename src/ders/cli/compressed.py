@@ -75,7 +75,7 @@ def compress_and_score(config: DictConfig, trained: Path, folder: Path, results:
     before = {
         key.replace("test/", "vanilla/"): value
         for key, value in vanilla["metrics"].items()
-        if key.startswith("test/accuracy")
+        if key.startswith(("test/accuracy", "test/loss"))
     }
     parents = {key: value for key, value in vanilla["metrics"].items() if key.startswith("parent/")}
     results["metrics"] = score_folder(folder, source, prepared, device) | before | parents

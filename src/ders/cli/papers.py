@@ -65,6 +65,7 @@ def keep_similarity(runs: dict[str, Path], folder: Path) -> None:
         kept = {
             "base": analysis.base.kind,
             "layers": {i: {name: m.cosines for name, m in layer.matrices.items()} for i, layer in ends.items()},
+            "ratios": {i: {name: m.ratios for name, m in layer.matrices.items()} for i, layer in ends.items()},
         }
         file = _similarity_folder(folder) / f"{run.name}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -76,6 +77,11 @@ def keep_similarity(runs: dict[str, Path], folder: Path) -> None:
 def _similarity_folder(folder: Path) -> Path:
     """Apart from the records, which are all the JSON beside the table."""
     return folder / "similarity"
+
+
+def kept_similarity(folder: Path) -> dict[str, Any]:
+    """What `keep_similarity` kept, by the name of the run."""
+    return {file.stem: json.loads(file.read_text()) for file in sorted(_similarity_folder(folder).glob("*.json"))}
 
 
 def smallest_cosines(folder: Path) -> list[float]:
@@ -93,7 +99,7 @@ def smallest_cosines(folder: Path) -> list[float]:
 def verdicts_of(claims: dict[str, dict[str, Any]], results: Path) -> list[Verdict]:
     """Verdicts on all of the paper's claims, from every record in the folders of these claims of ours."""
     ours = by_key(rows_behind(claims, results))
-    similar = [name for name, claim in claims.items() if claim["figure"] == "similarity"]
+    similar = [name for name, claim in claims.items() if claim["figure"] == "similarity" and claim["published"]]
     cosines = [cosine for name in similar for cosine in smallest_cosines(results / name)]
     return [judge(claim, load_published(), ours, cosines) for claim in load_claims()]
 

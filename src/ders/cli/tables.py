@@ -12,12 +12,21 @@ from omegaconf import DictConfig
 
 from ders.cli.app import ROOT, SCALES, UserError, check_format, launch, to_plain
 from ders.cli.jobs import job_config
-from ders.cli.papers import keep_similarity, on_tables, paper_table, rows_behind, verdicts_of, write_verdicts
+from ders.cli.papers import (
+    keep_similarity,
+    kept_similarity,
+    on_tables,
+    paper_table,
+    rows_behind,
+    verdicts_of,
+    write_verdicts,
+)
 from ders.cli.sweeper import expand
 from ders.reporting.compression import compression_markdown, draw_against_bytes
 from ders.reporting.figures import draw_claim
 from ders.reporting.identity import run_folder
 from ders.reporting.record import read_record, write_record
+from ders.reporting.similarity import similarity_markdown
 from ders.reporting.tables import Row, markdown, percent, rows_of
 from ders.reporting.verdicts import verdicts_markdown
 
@@ -93,6 +102,8 @@ def _rows_of_claim(name: str, claim: dict[str, Any], folder: Path, config: DictC
 def _table(name: str, command: str, claim: dict[str, Any], rows: list[Row], results: Path) -> str:
     """The table of a claim; draws its figure."""
     figure = results / name / "figure.png"
+    if claim["figure"] == "similarity":
+        return similarity_markdown(rows, kept_similarity(results / name), claim["title"], command)
     if claim["figure"] == "stored_bytes":
         others = _rows_in(results / claim["beside"], claim["beside"]) if claim["beside"] else []
         draw_against_bytes([*rows, *others], claim["title"], figure)

@@ -5,6 +5,7 @@ from ders.data.easy import EasyVQA
 from ders.data.files import LlavaFiles, LlavaMix
 from ders.data.instructions import InstructionFiles
 from ders.data.prepared import PreparedData
+from ders.data.python_functions import PythonFunctions
 from ders.data.source import DataSource, by_scale
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "LlavaFiles",
     "LlavaMix",
     "PreparedData",
+    "PythonFunctions",
     "by_scale",
 ]

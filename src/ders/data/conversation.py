@@ -43,6 +43,8 @@ PROMPTS = {
     ),
     # LLaVA's first stage, "plain": an image, then its caption. LLaVA ends it by the line break alone.
     "plain": Template(question="{}", answer="{}\n", keep_question=False),
+    # A text to be continued: the question is its beginning.
+    "completion": Template(question="{}", answer="{}"),
     # Magicoder's prompt (arXiv 2312.02120); all before the response is one piece of text, as it is tokenized there.
     "magicoder": Template(
         question="@@ Instruction\n{}\n\n@@ Response\n",

@@ -31,9 +31,11 @@ class DataSource:
         max_length: longest conversation in tokens, visual ones included; what is longer loses its end. None for any.
         scorers: question kind → scorer, a name in `ders.data.scores.SCORERS`. A key may be a pattern (`vqa_rad_*`) or
             the beginning of kinds (`vqa_rad`); the longest that fits counts.
+        scored_by: `answers` that a model generates, or the `likelihood` it gives to the answers that stand there, where
+            these are too long to be met word by word.
 
     Raises:
-        ValueError: there is no such prompt, scorer or split, or max_length is no length.
+        ValueError: there is no such prompt, scorer, split or way to score, or max_length is no length.
     """
 
     image_size: int | None = None
@@ -44,6 +46,7 @@ class DataSource:
     split_prompts: dict[str, str] = field(default_factory=dict)
     max_length: int | None = None
     scorers: dict[str, str] = field(default_factory=dict)
+    scored_by: str = "answers"
 
     # Where the dials of this source lie, for messages.
     dials: ClassVar[str] = "data"
@@ -55,6 +58,8 @@ class DataSource:
         for scorer in self.scorers.values():
             if scorer not in SCORERS:
                 raise ValueError(f"{self.dials}.scorers must name {', '.join(SCORERS)}: got {scorer!r}")
+        if self.scored_by not in ("answers", "likelihood"):
+            raise ValueError(f"{self.dials}.scored_by must be answers or likelihood: got {self.scored_by!r}")
         if self.max_length is not None and (not isinstance(self.max_length, int) or self.max_length < 1):
             raise ValueError(f"{self.dials}.max_length must be a whole number from 1 on: got {self.max_length!r}")
 
@@ -121,9 +126,13 @@ class WrittenSource(DataSource):
         """Write `<split>.json` and what they name below `images/`; returns `{num_classes, labels}` if known."""
         raise NotImplementedError
 
+    def content(self) -> dict[str, Any]:
+        """What decides the files, as plain data: other content is written to another folder."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in _OF_NO_FILE}
+
     def prepare(self, cache: Path) -> PreparedData:
-        content = {k: v for k, v in dataclasses.asdict(self).items() if k not in _OF_NO_FILE}
-        key = hashlib.sha256(json.dumps([type(self).__name__, content], sort_keys=True).encode()).hexdigest()[:12]
+        content = json.dumps([type(self).__name__, self.content()], sort_keys=True)
+        key = hashlib.sha256(content.encode()).hexdigest()[:12]
         folder = cache / "data" / f"{type(self).__name__.lower()}-{key}"
         with building(folder) as unfinished:
             if unfinished is not None:

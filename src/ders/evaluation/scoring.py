@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from ders.data import DataSource, PreparedData
 from ders.data.loading import PixelReader, Questions, collate_questions
 from ders.data.metrics import MajorityPrior, summarize
+from ders.evaluation.likelihood import likelihood
 from ders.kernels import stable_hash
 from ders.models.bundle import ModelBundle
 from ders.models.generation import generate_answers
@@ -30,7 +31,9 @@ class Score:
 
 def score(bundle: ModelBundle, source: DataSource, prepared: PreparedData, split: str, prefix: str) -> Score:
     """Greedy answers to every question of a split: exact match, the question-only prior and the data's own scorers, by
-    kind."""
+    kind. Where the data is scored by likelihood, `likelihood` instead."""
+    if source.scored_by == "likelihood":
+        return Score(*likelihood(bundle, source, prepared, split, prefix))
     questions = Questions(
         prepared.split(split),
         source.encoder(bundle.tokenizer, bundle.image_tokens, split),

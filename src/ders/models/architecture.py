@@ -12,8 +12,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    CLIPVisionConfig,
-    CLIPVisionModel,
     PreTrainedConfig,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -22,6 +20,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from ders.models import qwen1
 from ders.models.bundle import IMAGE_TOKEN, ModelBundle
 from ders.models.llava import assemble_llava
+from ders.models.packaged import local_source
 from ders.models.tiny import TinyLlava, TinyLM
 
 log = logging.getLogger(__name__)
@@ -46,12 +45,12 @@ _SHAPES = (
 
 @dataclass(kw_only=True)
 class _Pretrained:
-    """What the architectures add to the small models: parts from a folder or the Hub.
+    """What the architectures add to the small models: parts from a folder, the Hub, or a package (`package:NAME`).
 
     Attributes:
         name: the architecture's name, as in `model=…`.
-        llm: Hub id or folder of the language model.
-        tokenizer: Hub id or folder of the tokenizer; None: `llm`.
+        llm: the language model.
+        tokenizer: where its tokenizer is; None: `llm`.
         pretrained: False: random weights and a vocabulary of the data's words, as a tiny model has.
         sizes: values of the dial `scale` that it has shapes for.
     """
@@ -107,7 +106,9 @@ class _Pretrained:
     def _load_tokenizer(self) -> Any:
         source, vocab_size = self.tokenizer or self.llm, _language_config(self.llm)[1].vocab_size
         tokenizer = _read(
-            "model.tokenizer", source, lambda: AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            "model.tokenizer",
+            source,
+            lambda: AutoTokenizer.from_pretrained(local_source(source), trust_remote_code=False),
         )
         if len(tokenizer) > vocab_size:
             raise ValueError(
@@ -132,10 +133,10 @@ class LanguageArchitecture(_Pretrained, TinyLM):
 
 @dataclass(kw_only=True)
 class LlavaArchitecture(_Pretrained, TinyLlava):
-    """A LLaVA of a CLIP tower, a fresh projector (mlp2x_gelu) and a language model.
+    """A LLaVA of a vision tower, a fresh projector (mlp2x_gelu) and a language model.
 
     Attributes:
-        vision_tower: Hub id or folder of the tower.
+        vision_tower: the tower.
         pad_images: images become square by a border of the mean colour (LLaVA's `image_aspect_ratio=pad`); False:
             they are cropped.
     """
@@ -147,7 +148,8 @@ class LlavaArchitecture(_Pretrained, TinyLlava):
         super().verify()
         if self.pretrained:
             source = self.vision_tower
-            config = _read("model.vision_tower", source, lambda: CLIPVisionConfig.from_pretrained(source))
+            kind = self._tower.config
+            config = _read("model.vision_tower", source, lambda: kind.from_pretrained(local_source(source)))
             self._compare(f"model.vision_tower={source}", config, self.vision)
 
     def _load(self) -> ModelBundle:
@@ -155,9 +157,15 @@ class LlavaArchitecture(_Pretrained, TinyLlava):
         tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
         image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         language = self._load_language()
-        tower = _weights(CLIPVisionModel, "model.vision_tower", self.vision_tower)
+        tower = _weights(self._tower.model, "model.vision_tower", self.vision_tower)
         vocab_size = language.config.vocab_size
-        model = assemble_llava(language, tower, image_token=image_token, feature_layer=self.feature_layer)
+        model = assemble_llava(
+            language,
+            tower,
+            image_token=image_token,
+            feature_layer=self.feature_layer,
+            select_strategy=self._tower.select_strategy,
+        )
         if image_token >= vocab_size:
             log.info("%s has no spare row for %s: %d rows -> %d", self.llm, IMAGE_TOKEN, vocab_size, len(tokenizer))
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -168,7 +176,7 @@ class LlavaArchitecture(_Pretrained, TinyLlava):
         options = {"do_pad": True} if self.pad_images else {}
         if self.pretrained:
             source = self.vision_tower
-            return _read("model.vision_tower", source, lambda: kind.from_pretrained(source, **options))
+            return _read("model.vision_tower", source, lambda: kind.from_pretrained(local_source(source), **options))
         return kind.from_dict(super()._image_processor().to_dict() | options)
 
 
@@ -179,10 +187,11 @@ def _language_config(source: str) -> tuple[dict[str, Any], Any]:
     """`config.json` of a language model as it is, and as transformers reads it."""
 
     def read() -> tuple[dict[str, Any], Any]:
-        raw, _ = PreTrainedConfig.get_config_dict(source)
+        folder = local_source(source)
+        raw, _ = PreTrainedConfig.get_config_dict(folder)
         if raw.get("model_type") == qwen1.MODEL_TYPE:
             return raw, qwen1.qwen2_config(raw)
-        return raw, AutoConfig.from_pretrained(source, trust_remote_code=False)
+        return raw, AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
     return _read("model.llm", source, read)
 
@@ -209,7 +218,11 @@ def _weights(kind: Any, key: str, source: str) -> Any:
         key,
         source,
         lambda: kind.from_pretrained(
-            source, dtype=torch.float32, trust_remote_code=False, weights_only=True, output_loading_info=True
+            local_source(source),
+            dtype=torch.float32,
+            trust_remote_code=False,
+            weights_only=True,
+            output_loading_info=True,
         ),
     )
     if report["missing_keys"]:

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from ders.checkpoint import ModelFolderError, TensorFolder, new_folder
 from ders.models.registration import DersConfig
+from ders.models.towers import TOWERS
 
 IMAGE_TOKEN = "<image>"
 
@@ -40,8 +41,10 @@ class ModelBundle:
         if self.image_processor is None:
             return 0
         patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+        tower = TOWERS.get(config.vision_config.model_type)
+        class_token = tower is None or tower.class_token
         # The default strategy leaves out the tower's class token.
-        return patches + (config.vision_feature_select_strategy == "full")
+        return patches + (class_token and config.vision_feature_select_strategy == "full")
 
     @property
     def pixel_reader(self) -> Callable[[Image], Tensor] | None:

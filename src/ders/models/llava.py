@@ -10,13 +10,14 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 
 def assemble_llava(
-    language: Any, tower: nn.Module, *, image_token: int, feature_layer: int
+    language: Any, tower: nn.Module, *, image_token: int, feature_layer: int, select_strategy: str = "default"
 ) -> LlavaForConditionalGeneration:
     """The two models, not copies of them, in one LLaVA, joined by a fresh two-layer projector (torch's generator).
 
     Args:
         image_token: id of the token that stands for a visual token.
         feature_layer: which hidden layer of the tower the projector reads.
+        select_strategy: `default` leaves out the first token of the tower, `full` none.
 
     Raises:
         ValueError: the language model's head has a bias that cannot be folded (`fold_head_bias`).
@@ -27,7 +28,7 @@ def assemble_llava(
         vision_config=tower.config,
         image_token_index=image_token,
         vision_feature_layer=feature_layer,
-        vision_feature_select_strategy="default",
+        vision_feature_select_strategy=select_strategy,
     )
     with torch.device("meta"):  # only the frame is needed
         model = LlavaForConditionalGeneration(config)

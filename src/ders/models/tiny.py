@@ -9,15 +9,14 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    CLIPVisionConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from ders.models.bundle import IMAGE_TOKEN, ModelBundle
+from ders.models.towers import Tower, tower_of
 from ders.upcycling import require_family
 
 _SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", IMAGE_TOKEN]
@@ -90,10 +89,11 @@ class TinyLM:
 
 @dataclass(kw_only=True)
 class TinyLlava(TinyLM):
-    """A small LLaVA: CLIP tower, two-layer projector, language model.
+    """A small LLaVA: vision tower, two-layer projector, language model.
 
     Attributes:
-        vision: entries of a `CLIPVisionConfig`, image and patch size among them.
+        vision: entries of a vision configuration, image and patch size among them; `model_type` says of which tower,
+            and is CLIP's if left out.
         feature_layer: which hidden layer of the tower the projector reads; LLaVA's is −2.
     """
 
@@ -110,11 +110,11 @@ class TinyLlava(TinyLM):
                 f"{' '.join(f'data.{key}=…' for key in missing)}, choose data with images, or a text model"
             )
         config = LlavaConfig(
-            vision_config=CLIPVisionConfig(**self.vision),
+            vision_config=self._tower.config(**self.vision),
             text_config=self._text_config(vocab_size),
             image_token_index=_SPECIAL.index(IMAGE_TOKEN),
             vision_feature_layer=self.feature_layer,
-            vision_feature_select_strategy="default",
+            vision_feature_select_strategy=self._tower.select_strategy,
         )
         return LlavaForConditionalGeneration(config)
 
@@ -122,17 +122,18 @@ class TinyLlava(TinyLM):
         tokenizer = self._word_tokenizer(texts)
         return ModelBundle(self.dense(len(tokenizer)), self._processor(tokenizer, self._image_processor()))
 
+    @property
+    def _tower(self) -> Tower:
+        return tower_of(self.vision)
+
     def _image_processor(self) -> Any:
-        size = self.vision["image_size"]
-        return CLIPImageProcessorPil(
-            size={"shortest_edge": size}, crop_size={"height": size, "width": size}, resample=2
-        )
+        return self._tower.image_processor(self.vision["image_size"])
 
     def _processor(self, tokenizer: Any, images: Any) -> LlavaProcessor:
         return LlavaProcessor(
             image_processor=images,
             tokenizer=tokenizer,
             patch_size=self.vision["patch_size"],
-            vision_feature_select_strategy="default",
-            num_additional_image_tokens=1,
+            vision_feature_select_strategy=self._tower.select_strategy,
+            num_additional_image_tokens=int(self._tower.class_token),
         )

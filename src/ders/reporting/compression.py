@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from ders.reporting.figures import STYLE, save
-from ders.reporting.tables import Row, caption, mib, percent, pipes
+from ders.reporting.tables import Row, caption, mib, nats, percent, pipes, scored_by_likelihood
 
 
 def compression_markdown(rows: list[Row], title: str, command: str) -> str:
@@ -18,36 +18,43 @@ def compression_markdown(rows: list[Row], title: str, command: str) -> str:
 
     The difference is taken seed by seed, so that what the seeds differ in cancels.
     """
-    header = ["", "added parameters", "experts stored", "model stored", "accuracy", "less vanilla, points", "seeds"]
+    records = [record for row in rows for record in row.records]
+    loss = ["loss", "less vanilla"] if scored_by_likelihood(records) else []
+    sizes = ["added parameters", "experts stored", "model stored"]
+    header = ["", *sizes, *loss, "accuracy", "less vanilla, points", "seeds"]
     lines = [header, ["---", *["---:"] * (len(header) - 1)]]
     for row in rows:
         first = row.records[0]
-        differences = paired(row)
+        differences, costs = paired(row), paired(row, "loss")
+        own = [
+            nats(row.mean("test/loss"), row.spread("test/loss")),
+            f"{mean(costs):+.4f} ± {stdev(costs):.4f}" if len(costs) > 1 else "",
+        ]
         lines.append(
             [
                 row.label,
                 f"{first['added_params']:,}",
                 mib(first["expert_bytes"]) if first.get("expert_bytes") is not None else "",
                 mib(first["stored_bytes"]),
+                *(own if loss else []),
                 percent(row.mean("test/accuracy"), row.spread("test/accuracy")),
                 f"{100 * mean(differences):+.2f} ± {100 * stdev(differences):.2f}" if len(differences) > 1 else "",
                 str(len(row.records)),
             ]
         )
-    records = [record for row in rows for record in row.records]
     for label, metric in [("dense parent", "parent/accuracy"), ("question-only prior", "test/prior")]:
         values = [record["metrics"][metric]["value"] for record in records if metric in record["metrics"]]
         if values:
-            lines.append([f"*{label}*", "", "", "", percent(values[0]), "", ""])
+            lines.append([f"*{label}*", "", "", "", *[""] * len(loss), percent(values[0]), "", ""])
     return f"{caption(records, title, command)}\n\n{pipes(lines)}\n"
 
 
-def paired(row: Row) -> list[float]:
+def paired(row: Row, metric: str = "accuracy") -> list[float]:
     """Per seed, the score less the vanilla run's before it was compressed; empty for rows that are no compression."""
     return [
-        record["metrics"]["test/accuracy"]["value"] - record["metrics"]["vanilla/accuracy"]["value"]
+        record["metrics"][f"test/{metric}"]["value"] - record["metrics"][f"vanilla/{metric}"]["value"]
         for record in row.records
-        if "vanilla/accuracy" in record["metrics"]
+        if f"vanilla/{metric}" in record["metrics"]
     ]
 
 

@@ -98,6 +98,18 @@ def percent(mean: float, spread: float = math.nan) -> str:
     return f"{100 * mean:.1f}" if math.isnan(spread) else f"{100 * mean:.1f} ± {100 * spread:.1f}"
 
 
+def nats(mean: float, spread: float = math.nan) -> str:
+    """`1.2345 ± 0.0004`, of losses."""
+    if math.isnan(mean):
+        return "–"
+    return f"{mean:.4f}" if math.isnan(spread) else f"{mean:.4f} ± {spread:.4f}"
+
+
+def scored_by_likelihood(records: list[Record]) -> bool:
+    """Whether scores are of tokens that the model was to foretell, instead of answers it gave."""
+    return any("test/loss" in record["metrics"] for record in records)
+
+
 def pipes(lines: list[list[str]]) -> str:
     """Lines of cells as a Markdown table; the second line is its rule."""
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -111,7 +123,8 @@ def markdown(rows: list[Row], title: str, command: str) -> str:
     """The table of a claim, with the dense parent and the question-only prior beside the scores."""
     records = [record for row in rows for record in row.records]
     kinds = kinds_of(records)
-    header = ["", "added parameters", "trainable", "stored", "accuracy", *kinds, "seeds"]
+    loss = ["loss"] if scored_by_likelihood(records) else []
+    header = ["", "added parameters", "trainable", "stored", *loss, "accuracy", *kinds, "seeds"]
     lines = [header, ["---", *["---:"] * (len(header) - 1)]]
     for row in rows:
         first = row.records[0]
@@ -121,6 +134,7 @@ def markdown(rows: list[Row], title: str, command: str) -> str:
                 f"{first['added_params']:,}",
                 f"{first['trainable_params']:,}",
                 mib(first["stored_bytes"]),
+                *(nats(row.mean("test/loss"), row.spread("test/loss")) for _ in loss),
                 percent(row.mean("test/accuracy"), row.spread("test/accuracy")),
                 *(percent(row.mean(f"test/accuracy/{kind}"), row.spread(f"test/accuracy/{kind}")) for kind in kinds),
                 str(len(row.records)),
@@ -135,7 +149,9 @@ def markdown(rows: list[Row], title: str, command: str) -> str:
             by_kind = [
                 percent(records[0]["metrics"].get(f"{metric}/{kind}", {}).get("value", math.nan)) for kind in kinds
             ]
-            lines.append([f"*{label}*", "", "", "", percent(values[0]), *by_kind, ""])
+            before = records[0]["metrics"].get(metric.replace("accuracy", "loss"), {}).get("value", math.nan)
+            told = [nats(before if metric == "parent/accuracy" else math.nan) for _ in loss]
+            lines.append([f"*{label}*", "", "", "", *told, percent(values[0]), *by_kind, ""])
     return f"{caption(records, title, command)}\n\n{pipes(lines)}\n"
 
 
@@ -143,8 +159,11 @@ def caption(records: list[Record], title: str, command: str) -> str:
     """What a table shows, over how many questions, and how to make it again."""
     counts = {record["metrics"]["test/accuracy"]["count"] for record in records if "test/accuracy" in record["metrics"]}
     commits = sorted({record["commit"][:10] for record in records})
-    questions = " or ".join(map(str, sorted(counts)))
-    return (
-        f"**{title}.** Test accuracy in percent (exact match, {questions} questions), mean ± "
-        f"standard deviation over seeds.\n`{command}`, commit {', '.join(commits)}."
+    number = " or ".join(map(str, sorted(counts)))
+    what = (
+        f"Loss of an answer's token in nats, and how many of these tokens are thought likeliest, in percent ({number} "
+        "tokens; the prior knows the token before)"
+        if scored_by_likelihood(records)
+        else f"Test accuracy in percent (exact match, {number} questions)"
     )
+    return f"**{title}.** {what}, mean ± standard deviation over seeds.\n`{command}`, commit {', '.join(commits)}."

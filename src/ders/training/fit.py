@@ -59,7 +59,7 @@ class StageLoaders(lightning.LightningDataModule):
         )
 
     def val_dataloader(self) -> Any:
-        by_loss = is_sharded(self.trainer.strategy)
+        by_loss = is_sharded(self.trainer.strategy) or self.data.validation is None
         return self.data.validation_loader(self.trainer.global_rank, self.trainer.world_size, by_loss=by_loss) or []
 
     def rows_of(self, batch_idx: int) -> list[int]:
@@ -140,9 +140,9 @@ def fit(
         max_epochs=-1,
         accumulate_grad_batches=stage.accumulate,
         gradient_clip_val=stage.gradient_clip,
-        val_check_interval=None if data.validation is None else stage.validate_every * stage.accumulate,  # type: ignore
+        val_check_interval=stage.validate_every * stage.accumulate if data.validates else None,  # type: ignore
         check_val_every_n_epoch=None,
-        limit_val_batches=0 if data.validation is None else 1.0,
+        limit_val_batches=1.0 if data.validates else 0,
         callbacks=own,
         logger=[csv_logger, *(loggers or [])],
         default_root_dir=folder,

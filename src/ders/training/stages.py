@@ -55,6 +55,10 @@ class StageData:
     validation_batch_size: int = 64
     validation_by_loss: Dataset[Any] | None = None
 
+    @property
+    def validates(self) -> bool:
+        return self.validation is not None or self.validation_by_loss is not None
+
     def validation_loader(self, rank: int, world_size: int, *, by_loss: bool = False) -> DataLoader[Any] | None:
         """Rows of one process.
 
@@ -203,11 +207,12 @@ class LanguageStage(Stage):
         pixels = PixelReader(prepared.image_root, bundle.pixel_reader)
         pad_id = bundle.tokenizer.pad_token_id
         validates = "val" in prepared.files and self.validate_every is not None
+        generates = validates and source.scored_by == "answers"
         return StageData(
             train=Conversations(rows, encoder, pixels),
             lengths=sample_lengths(rows) if self.group_by_modality_length else None,
             collate=functools.partial(collate_conversations, pad_id=pad_id),
-            validation=Questions(prepared.split("val"), val_encoder, pixels) if validates else None,
+            validation=Questions(prepared.split("val"), val_encoder, pixels) if generates else None,
             collate_validation=functools.partial(collate_questions, pad_id=pad_id),
             validation_batch_size=source.eval_batch_size,
             validation_by_loss=Conversations(prepared.split("val"), val_encoder, pixels) if validates else None,

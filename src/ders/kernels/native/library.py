@@ -68,11 +68,16 @@ def _converted(argument: Tensor | list[Tensor] | tuple[int, ...] | int) -> objec
     return ctypes.c_int64(argument)
 
 
+def cache_folder() -> Path:
+    """Where what takes long to make is kept for all runs of this user: `$XDG_CACHE_HOME/ders`, else `~/.cache/ders`."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ders"
+
+
 def _built(compiler: str) -> Path:
     sources = sorted(_SOURCES.glob("*.cpp"))
     about = [compiler, *_FLAGS, _output(compiler, "--version"), _processor()]
     about += [file.read_text() for file in sorted(_SOURCES.glob("*.[ch]*"))]
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ders"
+    folder = cache_folder()
     built = folder / f"kernels-{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.so"
     if built.exists():
         return built
