@@ -1,8 +1,10 @@
 """Methods that choose or move positions, in the true run."""
 
+import functools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,9 +12,11 @@ import torch
 from conftest import ROOT, SMALL, SMALL_DATA
 from safetensors.torch import load_file
 
+import ders
 from ders.cli.app import UserError
 from ders.deltas import RegrownSparseDelta
 from ders.training.positions import FisherPositions, RegrowPositions, rearrange_state_
+from ders.upcycling.positions import regrown_deltas
 
 METHODS = {
     "fisher": ["method=ders_sm_fisher", "calibration_rows=3"],
@@ -80,6 +84,35 @@ def test_an_optimizers_state_follows() -> None:
     assert state["exp_avg"].tolist() == [[1, 2, 3, 4], [7, 0, 5, 8]]
     with pytest.raises(ValueError, match="exp_avg_sq_row is not kept value by value"):
         rearrange_state_({"exp_avg_sq_row": torch.zeros(2)}, delta, 0, source)
+
+
+def test_an_exchange_begins_anew_at_new_positions(dense_model: Callable[..., Any]) -> None:
+    model = dense_model()
+    ders.upcycle(model, delta=functools.partial(RegrownSparseDelta, sparsity=0.9))
+    deltas = regrown_deltas(model)
+    torch.manual_seed(0)
+    for delta in deltas:
+        torch.nn.init.normal_(delta.values_EN)
+    optimizer = torch.optim.AdamW([delta.values_EN for delta in deltas], lr=1e-3)
+    sum(delta.values_EN.square().sum() for delta in deltas).backward()
+    optimizer.step()
+    before = [(delta.positions(1).tolist(), delta.dense(1).flatten()) for delta in deltas]
+    progress = SimpleNamespace(current=SimpleNamespace(ready=4))
+    trainer: Any = SimpleNamespace(
+        global_step=4,
+        accumulate_grad_batches=1,
+        optimizers=[optimizer],
+        fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress)),
+    )
+    regrow = RegrowPositions(update_every=4, drop_fraction=0.5, grow="random")
+    regrow.on_train_batch_end(trainer, SimpleNamespace(model=model, num_steps=100, seed=0), None, None, 3)
+    for delta, (held, dense) in zip(deltas, before, strict=True):
+        after, state = delta.positions(1), optimizer.state[delta.values_EN]
+        new = ~torch.isin(after, torch.tensor(held)) | (delta.values_EN[1] == 0)
+        assert int(new.sum()) == round(regrow.fraction_at(4, 100) * delta.num_kept)
+        assert torch.equal(delta.values_EN[1][~new], dense[after[~new]])
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(state[name][1] == 0, new)
 
 
 @pytest.mark.parametrize("bad", [0, -1, 1.5, None])
