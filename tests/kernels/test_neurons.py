@@ -18,7 +18,8 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("tokens", "neurons"), [(1, 1), (7, 3), (5, 13)])
-def test_it_is_the_oracle(layout: str, tokens: int, neurons: int) -> None:
+@pytest.mark.parametrize("one_pass", [False, True])
+def test_it_is_the_oracle(layout: str, tokens: int, neurons: int, one_pass: bool) -> None:
     torch.manual_seed(0)
     (blocks, ffn), experts, width, hidden = LAYOUTS[layout], 3, 9, 13
     dials: dict[str, Any] = {"neurons": neurons, "seed": 5}
@@ -35,7 +36,8 @@ def test_it_is_the_oracle(layout: str, tokens: int, neurons: int) -> None:
     def act(pre: list[Tensor]) -> Tensor:
         return ffn.hidden(pre, torch.nn.functional.silu)
 
-    fast = mix_neurons(x, pre, gates, [delta.form() for delta in deltas], act)
+    how = ("silu" if one_pass else None, ffn.gated)
+    fast = mix_neurons(x, pre, gates, [delta.form() for delta in deltas], act, *how)
     slow = mix_neurons_oracle(x, pre, gates, [torch.stack([d.dense(e) for e in range(experts)]) for d in deltas], act)
     upstream = [torch.randn_like(y) for y in slow]
     torch.testing.assert_close(fast, slow, rtol=1e-11, atol=1e-11)

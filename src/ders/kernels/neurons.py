@@ -18,6 +18,8 @@ from torch import Tensor
 
 from ders.kernels.autocast import cast_for_matmul
 from ders.kernels.forms import Neurons
+from ders.kernels.mix_op import run_mix
+from ders.kernels.native.library import usable
 
 
 def block_columns(neurons_N: Tensor, blocks: int, width: int) -> Tensor:
@@ -47,28 +49,53 @@ def mix_neurons(
     gates_TE: Tensor,
     forms: Sequence[Neurons],
     hidden: Callable[[list[Tensor]], Tensor],
+    activation: str | None = None,
+    gated: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """(T, I), input projections' (T, C), (T, E) → mixed activations (T, F) and the deltas' output (T, O).
 
     Args:
         forms: of the input projections' deltas, then of the output projection's; all with the same neurons.
         hidden: the activations from the input projections' results.
+        activation: its function by name, where it has one; then the base's activations take one pass.
+        gated: whether the first half, or projection, gates the other.
     """
     neurons_EN = forms[-1].neurons_EN
     chosen_J, count = neurons_EN.flatten(), neurons_EN.shape[1]
-    base_TF = hidden([*pre])
-    own = []
+    base, own = [], []
     for pre_TC, form in zip(pre, forms, strict=False):
         x, values_EMI = cast_for_matmul(x_TI, form.values_EMX)
         blocks = values_EMI.shape[1] // count
         # All experts' neurons of the first block, then of the second, as the result has them.
         values = values_EMI.unflatten(1, (blocks, count)).transpose(0, 1).flatten(0, 2)
-        columns = block_columns(chosen_J, blocks, pre_TC.shape[1] // blocks)
-        own.append(pre_TC.index_select(1, columns) + F.linear(x, values))
-    gates_TE = gates_TE.to(base_TF.dtype)
+        base.append(pre_TC.index_select(1, block_columns(chosen_J, blocks, pre_TC.shape[1] // blocks)))
+        own.append(base[-1] + F.linear(x, values))
+    gates_TE = gates_TE.to(pre[0].dtype)
     gates_TJ = gates_TE.repeat_interleave(count, dim=1)
     own_TJ = gates_TJ * hidden(own)
-    change_TJ = own_TJ - gates_TJ * base_TF.index_select(1, chosen_J)
-    mixed_TF = (gates_TE.sum(1, keepdim=True) * base_TF).index_add_(1, chosen_J, change_TJ)
+    mixed_TF = _scaled(pre, gates_TE.sum(1, keepdim=True), hidden, activation, gated)
+    mixed_TF = mixed_TF.index_add_(1, chosen_J, own_TJ - gates_TJ * hidden(base))
     own_TJ, values_ENO = cast_for_matmul(own_TJ, forms[-1].values_EMX)
     return mixed_TF, own_TJ @ values_ENO.flatten(0, 1)
+
+
+def _scaled(
+    pre: Sequence[Tensor],
+    gates_T1: Tensor,
+    hidden: Callable[[list[Tensor]], Tensor],
+    activation: str | None,
+    gated: bool,
+) -> Tensor:
+    """Σ_e g_e h (T, F)."""
+    if activation is None or not usable(pre[0].device.type, pre[0].dtype):
+        return gates_T1 * hidden([*pre])
+    # The pass that mixes experts over low-rank deltas, with one expert of rank zero.
+    tokens, width = len(gates_T1), pre[0].shape[1] // (2 if gated and len(pre) == 1 else 1)
+    nothing = [
+        *(p.new_zeros(tokens, 0) for p in pre),
+        *(p.new_zeros(1, p.shape[1], 0) for p in pre),
+        pre[0].new_zeros(1, 0, width),
+    ]
+    index_T1 = torch.zeros(tokens, 1, dtype=torch.int64, device=gates_T1.device)
+    wide = gates_T1.to(torch.promote_types(gates_T1.dtype, torch.float32))
+    return run_mix([*pre], index_T1, wide, nothing, [], "low_rank", activation, gated)[0]

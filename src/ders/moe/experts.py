@@ -165,7 +165,8 @@ class SharedBaseExperts(nn.Module):
         """The dense FFN, and beside it the neurons in which experts differ."""
         pre = [getattr(base, name)(x_TD) for name in self.form.inputs]
         hidden = functools.partial(self.form.hidden, activation=getattr(base, self.form.activation))
-        mixed_TF, y_TD = mix_neurons(x_TD, pre, self._by_expert(index_TK, gates_TK), forms, hidden)
+        gates_TE = self._by_expert(index_TK, gates_TK)
+        mixed_TF, y_TD = mix_neurons(x_TD, pre, gates_TE, forms, hidden, self.activation_name, self.form.gated)
         return self._output(base, mixed_TF, y_TD, index_TK, gates_TK).to(x_TD.dtype)
 
     def _by_expert(self, index_TK: Tensor, gates_TK: Tensor) -> Tensor:
