@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -146,3 +147,23 @@ def language_module(bundle: Any) -> Any:
     shared: dict[str, Any] = {"optimizer": torch.optim.AdamW, "schedule": schedule}
     shared |= {"num_steps": 1, "seed": 0, "identity": {}}
     return LanguageModule(bundle, router_loss_coef=0.0, max_answer_tokens=2, **shared)
+
+
+@functools.cache
+def why_no_sandbox() -> str:
+    """Why programs cannot be contained on this machine; empty where they can."""
+    if shutil.which("bwrap") is None:
+        return "bubblewrap is not installed: apt-get install bubblewrap"
+    bare = ["bwrap", "--unshare-user", "--unshare-pid", "--ro-bind", "/", "/", "true"]
+    tried = subprocess.run(bare, capture_output=True, text=True)
+    return f"user namespaces are forbidden here: {tried.stderr.strip()}" if tried.returncode else ""
+
+
+@pytest.fixture(scope="session")
+def sandbox() -> Any:
+    """The real sandbox at a short time limit; skips where there cannot be one, and nowhere else."""
+    from ders.evaluation.sandbox import Sandbox
+
+    if why := why_no_sandbox():
+        pytest.skip(why)
+    return Sandbox(1.0)

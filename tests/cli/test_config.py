@@ -43,7 +43,7 @@ def test_no_yaml_is_forgotten() -> None:
     groups = {file.parent.relative_to(CONF).as_posix() for file in CONF.rglob("*.yaml")}
     assert groups == {
         ".", "method", "compression", "model", "data", "stage", "trainer", "logger", "optimizer", "schedule",
-        "upcycling", "recipe", "hydra/sweeper", "hydra/launcher", "hparams_search",
+        "upcycling", "recipe", "evaluation", "hydra/sweeper", "hydra/launcher", "hparams_search",
     }  # fmt: skip
 
 
@@ -98,6 +98,13 @@ def test_loggers(logger: str, tmp_path: Path) -> None:
     assert set(built) == set(logger.split("_")) - {"csv"}
     assert not list(tmp_path.iterdir())  # nothing starts before it is used
     assert run_folder(to_plain(config), ROOT) == run_folder(to_plain(composed()), ROOT)
+
+
+@pytest.mark.parametrize("evaluation", choices("evaluation"))
+def test_evaluations(evaluation: str) -> None:
+    data = ["evaluation.data=x.jsonl"] if evaluation.endswith("_plus") else []
+    built = instantiate(composed("checkpoint=x", f"evaluation={evaluation}", *data, name="eval").evaluation)
+    assert built.name == evaluation
 
 
 @pytest.mark.parametrize("launcher", choices("hydra/launcher"))

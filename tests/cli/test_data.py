@@ -89,10 +89,26 @@ def test_max_length_can_be_tried(
     assert "max_length=4: 1 rows lose their end, 1 every answer, 0 part of an image" in capsys.readouterr().out
 
 
+def test_a_split_becomes_a_task_of_a_harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    folder = tmp_path / "task"
+    given = ["data=digits_text", f"output={folder}", *(f"data.num_{split}=2" for split in ("train", "val", "test"))]
+    check(monkeypatch, tmp_path, "action=harness", *given)
+    first, command = capsys.readouterr().out.splitlines()
+    assert first == "12 questions; `make lm-eval` once, then"
+    assert command.endswith(f" --tasks ders_digits_text_test --include_path {folder}")
+    assert len((folder / "ders_digits_text_test.jsonl").read_text().splitlines()) == 12
+    given[1] = f"output={tmp_path / 'val'}"
+    check(monkeypatch, tmp_path, "action=harness", "split=val", "format=json", *given)
+    told = json.loads(capsys.readouterr().out)
+    assert (told["harness"], told["task"], told["num_questions"]) == ("lm-eval", "ders_digits_text_val", 12)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["data=digits_vqa", "action=mend"], "action must be check: got 'mend'"),
+        (["data=digits_vqa", "action=mend"], "action must be check or harness: got 'mend'"),
+        (["data=digits_vqa", "action=harness"], "action=harness writes a folder: name it, output=DIR"),
+        (["data=digits_vqa", "action=harness", "output=task", "split=exam"], "no exam split"),
         (["data=digits_vqa", "workers=0"], "workers must be a whole number from 1 on: got 0"),
         (["data=digits_vqa", "format=xml"], "format must be table or json"),
         (["data=digits_vqa", "tokenizer=/none"], "tokenizer=/none: no such folder"),

@@ -10,6 +10,7 @@ from conftest import ROOT
 
 import ders
 from ders.cli.eval import main
+from ders.evaluation.code_problems import HumanEval
 from ders.models.bundle import ModelBundle, save_bundle
 
 DATA = [
@@ -74,3 +75,69 @@ def test_other_data_is_told_by_both_hashes(checkpoint: Path, monkeypatch: pytest
     (message,) = [line for line in capsys.readouterr().err.splitlines() if "not the very data" in line]
     assert "its hash was 0123456789, that of data=medical_vqa is " in message
     assert "data=…" in message
+
+
+@pytest.fixture
+def language_model(tmp_path: Path) -> Path:
+    from ders.models.tiny import TinyLM
+
+    text = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
+    recipe = TinyLM(text={**text, **heads})
+    save_bundle(recipe.build(problem.prompt for problem in HumanEval().problems()), tmp_path / "model")
+    return tmp_path / "model"
+
+
+CODE = ["evaluation=humaneval", "evaluation.num_problems=2", "evaluation.max_new_tokens=4"]
+
+
+@pytest.mark.usefixtures("sandbox")
+@pytest.mark.parametrize("prompt", ["completion", "magicoder"])
+def test_code_is_scored_and_kept(
+    language_model: Path, prompt: str, monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
+) -> None:
+    chosen = [*CODE, f"evaluation.prompt={prompt}", "allow_code_execution=true", f"samples={tmp_path / 's.jsonl'}"]
+    evaluate(monkeypatch, language_model, *chosen, "format=json")
+    (line,) = capsys.readouterr().out.splitlines()
+    told = json.loads(line)
+    expected = {"evaluation": "humaneval", "prompt": prompt, "pass@1": 0.0, "num_problems": 2, "num_available": 164}
+    expected |= {"num_passed": 0, "max_new_tokens": 4, "batch_size": 16, "time_limit": 3.0, "interval": "wilson 0.95"}
+    assert told.items() >= expected.items()
+    assert {"pass@1_low", "pass@1_high", "num_timed_out", "stored_bytes", "dtype", "workers"} <= set(told)
+    rows = [json.loads(row) for row in (tmp_path / "s.jsonl").read_text().splitlines()]
+    assert [row["task_id"] for row in rows] == ["HumanEval/0", "HumanEval/1"]
+    assert all(set(row) == {"task_id", "completion", "passed", "reason"} for row in rows)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["model", "s.jsonl"]
+
+
+@pytest.mark.usefixtures("sandbox")
+def test_right_code_passes_from_the_command_line(
+    language_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    answers = [problem.canonical for problem in HumanEval().problems()[:2]]
+    monkeypatch.setattr("ders.evaluation.code_scoring.generate_completions", lambda *_: answers)
+    evaluate(monkeypatch, language_model, *CODE, "allow_code_execution=true")
+    out = capsys.readouterr().out
+    assert "pass@1 100.0 % (2 of 2 problems; 95 % interval 34.2 to 100.0), 0 timed out" in out
+    assert "only the first 2 of 164 problems" in out
+
+
+def test_code_is_not_run_unasked(language_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ders.cli.code.load_bundle", lambda *_, **__: pytest.fail("loaded"))
+    for given in ([], ["allow_code_execution=false"], ["allow_code_execution=1"]):
+        with pytest.raises(SystemExit, match="add allow_code_execution=true"):
+            evaluate(monkeypatch, language_model, *CODE, *given)
+
+
+def test_code_is_not_run_without_a_sandbox(
+    language_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("ders.cli.code.load_bundle", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit, match="apt-get install bubblewrap"):
+        evaluate(monkeypatch, language_model, *CODE, "allow_code_execution=true")
+
+
+def test_samples_are_of_code(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match="add evaluation=humaneval"):
+        evaluate(monkeypatch, checkpoint, *DATA, "samples=s.jsonl")

@@ -86,9 +86,13 @@ def test_the_vicuna_prompt_adds_no_word(tmp_path: object) -> None:
 
 
 def test_unknown_prompts_and_lengths_are_refused() -> None:
-    with pytest.raises(ValueError, match="prompt must be one of vicuna, llava_v1, plain, magicoder: got 'alpaca'"):
+    with pytest.raises(
+        ValueError, match="prompt must be one of vicuna, llava_v1, plain, completion, magicoder: got 'alpaca'"
+    ):
         DigitsVQA(prompt="alpaca")
-    with pytest.raises(ValueError, match="prompt must be one of vicuna, llava_v1, plain, magicoder: got 'alpaca'"):
+    with pytest.raises(
+        ValueError, match="prompt must be one of vicuna, llava_v1, plain, completion, magicoder: got 'alpaca'"
+    ):
         DigitsVQA(split_prompts={"train": "alpaca"})
     with pytest.raises(ValueError, match=r"data\.max_length must be a whole number from 1 on: got 0"):
         DigitsVQA(max_length=0)

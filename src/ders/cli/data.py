@@ -1,4 +1,4 @@
-"""`python scripts/data.py action=check`: what is wrong with data, before anyone pays for a training step."""
+"""`python scripts/data.py`: what is wrong with data before anyone pays for a training step; data as a harness' task."""
 
 import contextlib
 import dataclasses
@@ -19,8 +19,13 @@ from ders.cli.instantiation import instantiate
 from ders.data import DataSource
 from ders.data.checking import Found, Lengths, SplitReport, check_split
 from ders.data.conversation import Encoder
+from ders.harness.tasks import write_task
 
-ACTIONS = ("check",)
+ACTIONS = ("check", "harness")
+HARNESSES = {
+    "lm-eval": ".venv-lm-eval/bin/python -m ders.harness.lm_eval --model ders --model_args pretrained=DIR,prompt=auto",
+    "lmms-eval": ".venv-lmms-eval/bin/lmms-eval --model ders --model_args pretrained=DIR",
+}
 
 
 def main() -> None:
@@ -28,7 +33,7 @@ def main() -> None:
 
 
 def run(config: DictConfig) -> None:
-    """Check every split; ends the process with 1 where rows cannot be used."""
+    """Check every split, ending the process with 1 where rows cannot be used; or write one as a harness' task."""
     check_format(config.format)
     if config.action not in ACTIONS:
         raise UserError(f"action must be {' or '.join(ACTIONS)}: got {config.action!r}")
@@ -36,6 +41,10 @@ def run(config: DictConfig) -> None:
         if config[dial] is not None and (not isinstance(config[dial], int) or config[dial] < 1):
             raise UserError(f"{dial} must be a whole number from 1 on: got {config[dial]!r}")
     source: DataSource = instantiate(config.data)
+    name = HydraConfig.get().runtime.choices["data"]
+    if config.action == "harness":
+        _write_task(config, name, source)
+        return
     tokenizer = None if config.tokenizer is None else _tokenizer(Path(config.tokenizer))
     prepared = source.prepare(ROOT / config.output_dir / "cache")
     reports = {}
@@ -44,7 +53,6 @@ def run(config: DictConfig) -> None:
         with _progress(f"images of {split}") as progress:
             reports[split] = check_split(prepared, split, encoder, workers=config.workers, progress=progress)
     faulty = sum(report.faulty_rows for report in reports.values())
-    name = HydraConfig.get().runtime.choices["data"]
     if config.format == "json":
         splits = {split: dataclasses.asdict(report) for split, report in reports.items()}
         print(json.dumps({"data": name, "faulty_rows": faulty, "splits": splits}))
@@ -54,6 +62,18 @@ def run(config: DictConfig) -> None:
         print(f"{faulty} rows cannot be used" if faulty else "every row can be used")
     if faulty:
         sys.exit(1)
+
+
+def _write_task(config: DictConfig, name: str, source: DataSource) -> None:
+    if config.output is None:
+        raise UserError("action=harness writes a folder: name it, output=DIR")
+    prepared = source.prepare(ROOT / config.output_dir / "cache")
+    about = write_task(Path(config.output), name, source, prepared, config.split)
+    if config.format == "json":
+        print(json.dumps({**about, "folder": config.output}))
+    else:
+        print(f"{about['num_questions']:,} questions; `make {about['harness']}` once, then")
+        print(f"{HARNESSES[about['harness']]} --tasks {about['task']} --include_path {config.output}")
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -1,4 +1,4 @@
-"""`python scripts/eval.py`: scores of a model folder on the data it was trained on, or on any other."""
+"""`python scripts/eval.py`: scores of a model folder on the data it was trained on, or on any other, or on code."""
 
 import json
 import logging
@@ -14,6 +14,7 @@ from rich.table import Table
 
 from ders.checkpoint import read_config_json
 from ders.cli.app import ROOT, UserError, check_format, composed, launch
+from ders.cli.code import score_programs
 from ders.cli.folders import model_folder, provenance_of
 from ders.cli.instantiation import instantiate
 from ders.data import DataSource
@@ -38,6 +39,11 @@ def run(config: DictConfig) -> None:
         raise UserError(f"dtype must be one of {', '.join(_DTYPES)}: got {config.dtype!r}")
     if config.split not in ("test", "val"):
         raise UserError(f"split must be test or val: got {config.split!r}")
+    if config.get("evaluation"):
+        score_programs(config, checkpoint, _DTYPES[config.dtype])
+        return
+    if config.samples is not None:
+        raise UserError("samples=… is of a code evaluation: add evaluation=humaneval, or drop it")
     provenance = provenance_of(read_config_json(checkpoint))
     name, source = _source(config, provenance, checkpoint)
     prepared = source.prepare(ROOT / config.output_dir / "cache")

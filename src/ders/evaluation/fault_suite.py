@@ -5,6 +5,7 @@ Each run is compared with one of the same configuration that nothing happened to
 
 import contextlib
 import itertools
+import json
 import os
 import random
 import shutil
@@ -115,9 +116,18 @@ class Campaign:
 
     def run(self) -> dict[str, Any]:
         started = time.perf_counter()
-        rows = [self.cell(method, trainer) for method, trainer in itertools.product(METHODS, TRAINERS)]
-        disk = [row for trainer in ("single", "zero2") for row in self.disk(trainer)]
+        rows, disk = [], []
+        for method, trainer in itertools.product(METHODS, TRAINERS):
+            rows.append(self.cell(method, trainer))
+            self._keep(rows, disk)
+        for trainer in ("single", "zero2"):
+            disk += self.disk(trainer)
+            self._keep(rows, disk)
         return {"rows": rows, "disk": disk, "goals": _goals(rows, disk), "seconds": time.perf_counter() - started}
+
+    def _keep(self, rows: list[dict[str, Any]], disk: list[dict[str, Any]]) -> None:
+        """What is known so far, in case the campaign itself is cut short."""
+        (self.work / "so_far.json").write_text(json.dumps({"rows": rows, "disk": disk}, indent=1))
 
     def cell(self, method: str, trainer: str) -> dict[str, Any]:
         """Kill one process of a run again and again, continue it each time, compare its end."""
@@ -269,7 +279,8 @@ def _full(mount: Path) -> Iterator[None]:
     """Leaves a hundred kilobytes on a file system."""
     filler = mount / "filler"
     free = shutil.disk_usage(mount).free
-    with filler.open("wb") as file:
+    # The job writes too: the space may be gone before the filler has all of it, and then the disk is full all the same.
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         file.write(bytes(max(free - 100_000, 0)))
     try:
         yield

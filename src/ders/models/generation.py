@@ -1,9 +1,11 @@
-"""Greedy answers."""
+"""Greedy answers, and greedy texts that end where a rule says."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 
 @torch.no_grad()
@@ -24,3 +26,87 @@ def generate_answers(model: nn.Module, tokenizer: Any, inputs: dict[str, Tensor]
         model.train(training)
     answers: list[str] = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [answer.strip() for answer in answers]
+
+
+@torch.no_grad()
+def generate_texts(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    is_settled: Callable[[int, str], bool],
+) -> list[str]:
+    """The greedy continuation of each prompt, with a key-value cache, spaces and all as the model wrote them.
+
+    Args:
+        prompts: token ids; padded on the left.
+        is_settled: whether the text so far of the prompt of that number needs no more; asked after each line break and
+            each backtick.
+    """
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    device = next(model.parameters()).device
+    ends = _end_ids(model, tokenizer)
+    rule = _Settled(tokenizer, prompts, width, is_settled)
+    training = model.training
+    model.eval()
+    try:
+        output = model.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            # Some chat models' folders set one, and greedy is then no longer the most likely token.
+            repetition_penalty=1.0,
+            use_cache=True,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=ends,
+            stopping_criteria=StoppingCriteriaList([rule]),
+        )
+    finally:
+        model.train(training)
+    return [
+        _continuation(tokenizer, prompt, _until(new, ends))
+        for prompt, new in zip(prompts, output[:, width:].tolist(), strict=True)
+    ]
+
+
+class _Settled(StoppingCriteria):
+    """Ends each row by itself, as its text is settled."""
+
+    def __init__(
+        self, tokenizer: Any, prompts: Sequence[Sequence[int]], width: int, is_settled: Callable[[int, str], bool]
+    ) -> None:
+        self._tokenizer, self._prompts, self._width, self._is_settled = tokenizer, prompts, width, is_settled
+        self._done = [False] * len(prompts)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        last = self._tokenizer.batch_decode(input_ids[:, -1:])
+        for row, text in enumerate(last):
+            if not self._done[row] and ("\n" in text or "`" in text):
+                new = input_ids[row, self._width :].tolist()
+                self._done[row] = self._is_settled(row, _continuation(self._tokenizer, self._prompts[row], new))
+        return torch.tensor(self._done, device=input_ids.device)
+
+
+def _continuation(tokenizer: Any, prompt: Sequence[int], new: Sequence[int]) -> str:
+    """The text of new tokens after a prompt. By themselves they would lose a leading space in some vocabularies, and
+    with it Python's indentation."""
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    text: str = tokenizer.decode([*prompt, *new], **options)
+    return text[len(tokenizer.decode(prompt, **options)) :]
+
+
+def _until(ids: list[int], ends: list[int]) -> list[int]:
+    return ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]
+
+
+def _end_ids(model: nn.Module, tokenizer: Any) -> list[int]:
+    """The tokenizer's end-of-sequence token and those of the model's folder: a chat model's turns end with another."""
+    own = model.generation_config.eos_token_id
+    return sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None})

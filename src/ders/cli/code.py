@@ -1,0 +1,64 @@
+"""`python scripts/eval.py evaluation=…`: a model's programs, run in a sandbox and counted."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from ders.cli.app import UserError
+from ders.cli.instantiation import instantiate
+from ders.evaluation.code_scoring import CodeScore, score_code
+from ders.evaluation.sandbox import Sandbox, SandboxError
+from ders.models.bundle import load_bundle, stored_bytes
+
+
+def score_programs(config: DictConfig, checkpoint: Path, dtype: torch.dtype | str) -> None:
+    """Print pass@1 of one folder.
+
+    Raises:
+        UserError: running code is not allowed, or there is no sandbox; before the model is loaded.
+    """
+    if config.allow_code_execution is not True:
+        raise UserError(
+            "this evaluation runs programs that the model writes, in a sandbox: add allow_code_execution=true"
+        )
+    evaluation = instantiate(config.evaluation)
+    try:
+        sandbox = Sandbox(evaluation.time_limit)
+    except SandboxError as error:
+        raise UserError(str(error)) from error
+    problems = evaluation.problems()
+    bundle = load_bundle(checkpoint, dtype=dtype)
+    bundle.model.to(config.device)
+    found = score_code(bundle, problems, evaluation, sandbox)
+    if config.samples is not None:
+        _write_lines(Path(config.samples), found.samples)
+    about = {"checkpoint": str(checkpoint), "evaluation": evaluation.name, "stored_bytes": stored_bytes(checkpoint)}
+    told = {**about, "dtype": str(bundle.model.dtype).removeprefix("torch."), **found.to_dict()}
+    print(json.dumps(told) if config.format == "json" else _sentences(told, found, config.samples))
+
+
+def _sentences(told: dict[str, Any], found: CodeScore, samples: str | None) -> str:
+    low, high = found.interval
+    lines = [
+        f"{told['checkpoint']} on {told['evaluation']}, {told['stored_bytes'] / 1e6:,.2f} MB, {told['dtype']}",
+        f"pass@1 {100 * told['pass@1']:.1f} % ({found.num_passed} of {len(found.samples)} problems; "
+        f"95 % interval {100 * low:.1f} to {100 * high:.1f}), {found.num_timed_out} timed out",
+        "greedy, " + ", ".join(f"{name} {value}" for name, value in found.options.items() if name != "num_problems"),
+    ]
+    if len(found.samples) < found.num_available:
+        lines.insert(2, f"only the first {len(found.samples)} of {found.num_available} problems were asked")
+    if samples is not None:
+        lines.append(f"all programs: {samples}")
+    return "\n".join(lines)
+
+
+def _write_lines(file: Path, rows: list[dict[str, Any]]) -> None:
+    """JSON lines that appear whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    partial.replace(file)
