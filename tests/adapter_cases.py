@@ -14,6 +14,7 @@ from ders.moe import moe_layers
 DELTAS: dict[str, Any] = {
     "ders_sm": functools.partial(ders.SparseDelta, sparsity=0.9),
     "ders_lm": functools.partial(ders.LowRankDelta, rank=2),
+    "ders_neuron": functools.partial(ders.NeuronDelta, neurons=3),
     "quantize": functools.partial(ders.QuantizedDelta, bits=2),
 }
 IDS = torch.tensor([[1, 5, 9, 30, 2, 17]])

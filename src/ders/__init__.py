@@ -6,7 +6,17 @@ folders of upcycled models.
 
 from ders.accounting import count_parameters
 from ders.compression import compress, compress_folder
-from ders.deltas import Delta, LowRankDelta, QuantizedDelta, SparseDelta, ZeroDelta
+from ders.deltas import (
+    Delta,
+    LowRankByLayerDelta,
+    LowRankDelta,
+    NeuronDelta,
+    QuantizedDelta,
+    RegrownSparseDelta,
+    ScoredSparseDelta,
+    SparseDelta,
+    ZeroDelta,
+)
 from ders.models import efficientnet
 from ders.models.adapters import load_adapter, save_adapter
 from ders.models.exporting import export
@@ -14,6 +24,7 @@ from ders.models.registration import register
 from ders.moe import NoisyMLPRouter, Router, TopKRouter, set_execution
 from ders.upcycling import certify, save_routers, set_trainable, upcycle
 from ders.upcycling.adapters import adapters, remove_adapter, set_adapter
+from ders.upcycling.positions import choose_by_fisher
 
 __version__ = "0.1.0"
 
@@ -22,15 +33,20 @@ efficientnet.register()
 
 __all__ = [
     "Delta",
+    "LowRankByLayerDelta",
     "LowRankDelta",
+    "NeuronDelta",
     "NoisyMLPRouter",
     "QuantizedDelta",
+    "RegrownSparseDelta",
     "Router",
+    "ScoredSparseDelta",
     "SparseDelta",
     "TopKRouter",
     "ZeroDelta",
     "adapters",
     "certify",
+    "choose_by_fisher",
     "compress",
     "compress_folder",
     "count_parameters",

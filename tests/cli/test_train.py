@@ -26,7 +26,7 @@ def record_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "record.json").read_text())
 
 
-@pytest.mark.parametrize("method", ["dense", "vanilla", "ders_sm", "ders_lm"])
+@pytest.mark.parametrize("method", sorted(file.stem for file in (ROOT / "conf" / "method").glob("*.yaml")))
 def test_a_run_folder_holds_everything(method: str, run_job: Callable[..., Path], capsys: Any) -> None:
     folder = run_job(f"method={method}")
     assert capsys.readouterr().out.splitlines()[-1] == str(folder / "record.json")
@@ -160,8 +160,8 @@ def test_a_failed_run_leaves_a_record(
         (["sparsity=1.2"], "error: sparsity must be in [0, 1), the fraction of zeros: got 1.2"),
         (
             ["method=ders_lm", "sparsity=0.5"],
-            "error: sparsity is a dial of method=ders_sm or compression=sparsify; method=ders_lm has rank. "
-            "Drop sparsity=… or choose another",
+            "error: sparsity is a dial of method=ders_sm or method=ders_sm_fisher or method=ders_sm_rigl or "
+            "compression=sparsify; method=ders_lm has rank. Drop sparsity=… or choose another",
         ),
         (["method=dense", "num_experts=8"], "method=dense has none of its own"),
         (["sparsty=0.5"], "error: there is no dial 'sparsty'"),

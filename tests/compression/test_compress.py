@@ -25,6 +25,8 @@ FORMS: dict[str, Callable[..., Any]] = {
     "quantize": functools.partial(ders.QuantizedDelta, bits=2),
     "sign": functools.partial(ders.QuantizedDelta, bits=1, scheme="sign", granularity="tensor"),
     "svd": functools.partial(ders.LowRankDelta, rank=3),
+    "by_layer": functools.partial(ders.LowRankByLayerDelta, rank=3, tilt=1.0),
+    "neurons": functools.partial(ders.NeuronDelta, neurons=5),
     "base_only": ders.ZeroDelta,
 }
 EXACT = functools.partial(ders.SparseDelta, sparsity=0.0)

@@ -21,6 +21,9 @@ DELTAS: dict[str, Any] = {
     "vanilla": None,
     "ders_sm": functools.partial(ders.SparseDelta, sparsity=0.9),
     "ders_lm": functools.partial(ders.LowRankDelta, rank=2),
+    "ders_neuron": functools.partial(ders.NeuronDelta, neurons=3),
+    "ders_lm_by_layer": functools.partial(ders.LowRankByLayerDelta, rank=3, tilt=1.0),
+    "ders_sm_rigl": functools.partial(ders.RegrownSparseDelta, sparsity=0.9),
 }
 IDS = torch.tensor([[1, 5, 9, 30, 2, 17]])
 
@@ -61,7 +64,7 @@ def test_other_dtypes(dtype: torch.dtype, dense_model: Callable[..., Any], tmp_p
     original = moe_layers(model)["model.layers.0.mlp"]
     assert layer.router.weight.dtype == torch.promote_types(dtype, torch.float32)
     assert torch.equal(layer.router.weight.float(), original.router.weight)
-    positions = [each.experts.deltas["up_proj"]._positions(0) for each in (layer, original)]
+    positions = [each.experts.deltas["up_proj"].positions(0) for each in (layer, original)]
     assert torch.equal(*positions)
     assert layer.experts.deltas["up_proj"].values_EN.dtype == dtype
     torch.testing.assert_close(loaded(input_ids=IDS).logits.float(), model(input_ids=IDS).logits, rtol=0.1, atol=0.05)

@@ -9,11 +9,13 @@ import torch
 import ders
 import ders.moe
 from ders.upcycling import FAMILIES, find_decoder
+from ders.upcycling.families import hidden_side
 
 METHODS: dict[str, Any] = {
     "vanilla": None,
     "ders_sm": functools.partial(ders.SparseDelta, sparsity=0.9),
     "ders_lm": functools.partial(ders.LowRankDelta, rank=2),
+    "ders_neuron": functools.partial(ders.NeuronDelta, neurons=3),
 }
 INPUTS = {"input_ids": torch.tensor([[3, 7, 11, 19, 2, 5], [4, 4, 60, 33, 9, 1]])}
 
@@ -85,3 +87,15 @@ def test_unknown_family_is_refused_by_name() -> None:
     model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=11))
     with pytest.raises(ValueError, match=r"no decoder of a known family in GPT2LMHeadModel \(gpt2\)"):
         ders.upcycle(model)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_the_hidden_side_of_every_matrix(model_type: str, dense_model: Callable[..., Any]) -> None:
+    _, decoder, family = find_decoder(dense_model(model_type))
+    ffn = getattr(getattr(decoder, family.layers)[0], family.mlp)
+    for name, linear in family.ffn.linears(ffn).items():
+        side, blocks = hidden_side(name)
+        expected = (48 * blocks, 32) if side == "rows" else (32, 48)
+        assert linear.weight.shape == expected
+    with pytest.raises(ValueError, match="no known family has a projection 'proj'"):
+        hidden_side("proj")

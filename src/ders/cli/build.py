@@ -34,6 +34,11 @@ def parent_trainer_factory(config: DictConfig) -> Any:
     return instantiate(OmegaConf.create({**shared, "devices": 1, "precision": "32-true", "plugins": alone}))
 
 
+def method_callbacks(config: DictConfig) -> list[Any]:
+    """What a method does while its stage runs, beside its deltas."""
+    return list((instantiate(config.method).get("callbacks") or {}).values())
+
+
 def upcycle_by_config(
     model: torch.nn.Module, config: DictConfig, gathered: Any = contextlib.nullcontext
 ) -> UpcyclingSummary | None:
@@ -120,10 +125,11 @@ _TYPES = {
     "num_experts": _WHOLE,
     "top_k": _WHOLE,
     "rank": _WHOLE,
+    "neurons": _WHOLE,
     "bits": _WHOLE,
     "seed": _WHOLE,
     "parent_seed": _WHOLE,
-} | {"sparsity": _NUMBER}
+} | {"sparsity": _NUMBER, "tilt": _NUMBER}
 
 
 def _check_types(config: DictConfig) -> None:
@@ -153,9 +159,16 @@ def _check_devices(config: DictConfig) -> None:
     if trainer.accelerator == "gpu" and not torch.cuda.is_available():
         raise UserError("trainer.accelerator=gpu: torch sees no GPU here. Use trainer=cpu, or a CUDA build of torch")
     try:
-        trainer_factory(config)(logger=False, enable_checkpointing=False, enable_progress_bar=False, max_steps=1)
+        probe = trainer_factory(config)(
+            logger=False, enable_checkpointing=False, enable_progress_bar=False, max_steps=1
+        )
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"trainer: cannot be built: {error}") from error
+    for callback in method_callbacks(config):
+        try:
+            callback.setup(probe, None, "fit")
+        except ValueError as error:
+            raise UserError(f"method={config.method.name}: {error}") from error
     if isinstance(trainer.devices, int):
         world_size = trainer.devices * trainer.num_nodes
         stage = instantiate(stage).on_devices(world_size)

@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from ders.accounting import count_parameters
 from ders.cli.apart import run_apart, starts_apart
 from ders.cli.app import ROOT, UserError, launch, to_plain
-from ders.cli.build import check, trainer_factory, upcycle_by_config
+from ders.cli.build import check, method_callbacks, trainer_factory, upcycle_by_config
 from ders.cli.compressed import compress_and_score, score_folder, waiting_for, without_compression
 from ders.cli.instantiation import instantiate
 from ders.cli.parents import parent_folder, parent_scores
@@ -193,6 +193,7 @@ def _train_and_score(
             resume=checkpoint,
             provenance=_provenance(config, source, prepared, parent) if is_first_process() else None,
             keep_last=config.keep_checkpoints,
+            callbacks=method_callbacks(config),
         )
         if trainer.is_global_zero:
             results["peak_gib"] = peak_gib()  # of the training: what is loaded to score it comes later

@@ -104,21 +104,26 @@ def _mean_piece(stack: list[Piece]) -> Piece:
     return Piece(first.dtype, first.shape, lambda: mean_of([piece.read() for piece in stack], first.dtype))
 
 
-def delta_shapes(source: MoESource, upcycling: Upcycling) -> dict[str, dict[str, Tensor]]:
-    """The stored tensors of each projection's deltas, on the meta device; all layers' are alike."""
-    index, layer = next(iter(source.layers.items()))
-    make, count = delta_maker(upcycling, index, source.dtype), upcycling.num_experts + upcycling.extended
+# By layer and projection: the stored tensors of its deltas, on the meta device.
+DeltaShapes = dict[int, dict[str, dict[str, Tensor]]]
+
+
+def delta_shapes(source: MoESource, upcycling: Upcycling) -> DeltaShapes:
+    count, shapes = upcycling.num_experts + upcycling.extended, {}
     with torch.device("meta"):
-        return {name: make(name, count, *stack[0].shape).state_dict() for name, stack in layer.experts.items()}
+        for index, layer in source.layers.items():
+            make = delta_maker(upcycling, index, source.dtype)
+            shapes[index] = {n: make(n, count, *stack[0].shape).state_dict() for n, stack in layer.experts.items()}
+    return shapes
 
 
-def compressed_slots(source: MoESource, upcycling: Upcycling, shapes: dict[str, dict[str, Tensor]]) -> Iterable[Slot]:
+def compressed_slots(source: MoESource, upcycling: Upcycling, shapes: DeltaShapes) -> Iterable[Slot]:
     for name, piece in source.rest.items():
         yield Slot(name, piece.dtype, piece.shape)
-    for layer in source.layers.values():
+    for index, layer in source.layers.items():
         for name, stack in layer.experts.items():
             yield Slot(f"{layer.prefix}.{name}.weight", stack[0].dtype, stack[0].shape)
-            for key, tensor in shapes[name].items():
+            for key, tensor in shapes[index][name].items():
                 yield Slot(f"{layer.prefix}.experts.deltas.{name}.{key}", tensor.dtype, tuple(tensor.shape))
         for name, biases in _biases(layer, upcycling).items():
             yield Slot(f"{layer.prefix}.experts.biases_EO.{name}", biases[0].dtype, (len(biases), *biases[0].shape))

@@ -3,11 +3,32 @@
 S slots (a token and one of its choices), E experts, O/I out/in features.
 """
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ders.kernels import Form
+from ders.kernels import Form, Neurons
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a model the matrix of a delta stands.
+
+    Attributes:
+        seed: of this matrix; two matrices never share one.
+        ffn_seed: of all matrices of its FFN.
+        hidden: which side of it is the FFN's hidden one, `rows` or `columns`.
+        blocks: how often that side holds all hidden neurons: 2 where gate and up are one matrix, gate first.
+        layer, num_layers: its FFN is the layer-th, from 0 on, of so many that were replaced.
+    """
+
+    seed: int
+    ffn_seed: int
+    hidden: str
+    blocks: int
+    layer: int
+    num_layers: int
 
 
 class Delta(nn.Module):
@@ -36,6 +57,11 @@ class Delta(nn.Module):
         # What a file holds can differ from what the constructor drew: derive again after every load.
         self.register_load_state_dict_post_hook(_restore)
 
+    @classmethod
+    def at(cls, place: Place, num_experts: int, out_features: int, in_features: int, **dials: Any) -> "Delta":
+        """The delta of a matrix that stands there. To most forms all matrices are alike but for the seed."""
+        return cls(num_experts, out_features, in_features, **{**dials, "seed": place.seed})
+
     def dense(self, expert: int) -> Tensor:
         """Δ_e as a matrix (O, I). The oracle: slow, obvious, never optimised."""
         raise NotImplementedError
@@ -44,7 +70,7 @@ class Delta(nn.Module):
         """All deltas applied to all slots at once, y_s = Δ_{e(s)} x_s: (S, I), (S,) → (S, O), building no matrix."""
         raise NotImplementedError
 
-    def form(self) -> Form | None:
+    def form(self) -> Form | Neurons | None:
         """What the kernels that work on whole layers need of this delta; None: they do not know it, so it is applied by
         `forward`."""
         return None

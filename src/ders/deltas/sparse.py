@@ -118,7 +118,7 @@ class SparseDelta(Delta):
             columns, starts = [], []
             with torch.inference_mode(False):  # they outlive the step that first asked for them
                 for expert in range(self.num_experts):
-                    positions_N = self._positions(expert)
+                    positions_N = self.positions(expert)
                     columns.append((positions_N % self.in_features).int())
                     boundaries_P = torch.arange(self.out_features + 1, device=positions_N.device) * self.in_features
                     starts.append(torch.searchsorted(positions_N, boundaries_P).int())
@@ -127,7 +127,8 @@ class SparseDelta(Delta):
                     self.rows_EN = entry_rows(self.columns_EN, self.row_starts_EP)
         return self.columns_EN, self.row_starts_EP
 
-    def _positions(self, expert: int) -> Tensor:
+    def positions(self, expert: int) -> Tensor:
+        """Where one expert differs from the base: int64 (N,), row-major, ascending."""
         if self.selection == "magnitude":
             packed_B = self.support_EB[expert]
             if not packed_B.any():  # nothing chosen yet: any positions will do
@@ -135,6 +136,11 @@ class SparseDelta(Delta):
             return unpack_positions(packed_B, self.num_kept, self.size)
         seed = int(self.seeds_E[expert])
         return sample_positions(self.num_kept, self.out_features, self.in_features, seed, self.seeds_E.device)
+
+    def place_expert_(self, expert: int, positions_N: Tensor) -> None:
+        """Store other positions (N,), ascending, of an expert whose positions are stored; its values stay in order."""
+        self.support_EB[expert] = pack_positions(positions_N, self.size)
+        self.restore_()
 
     def _values(self, dtype: torch.dtype) -> Tensor:
         if self.values_bits is None:
@@ -144,7 +150,7 @@ class SparseDelta(Delta):
 
     def dense(self, expert: int) -> Tensor:
         values_N = self._values(torch.float32)[expert]
-        flat = values_N.new_zeros(self.size).index_put((self._positions(expert),), values_N)
+        flat = values_N.new_zeros(self.size).index_put((self.positions(expert),), values_N)
         return flat.view(self.out_features, self.in_features)
 
     def forward(self, x_SI: Tensor, expert_S: Tensor) -> Tensor:
@@ -159,10 +165,9 @@ class SparseDelta(Delta):
         """Keeps what `selection` says; without `rescale` no choice of values on that support is closer."""
         if self.selection == "magnitude":
             positions_N = largest_positions(delta_OI, self.num_kept)
-            self.support_EB[expert] = pack_positions(positions_N, self.size)
-            self.restore_()
+            self.place_expert_(expert, positions_N)
         else:
-            positions_N = self._positions(expert)
+            positions_N = self.positions(expert)
         values_N = delta_OI.reshape(-1)[positions_N]
         if self.rescale:
             values_N = values_N / (1 - self.sparsity)

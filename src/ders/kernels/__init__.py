@@ -1,11 +1,12 @@
 """Fast tensor functions, each beside its slow oracle (floor 0: torch only)."""
 
-from ders.kernels.distributed import global_sum
-from ders.kernels.forms import Coded, Form, LowRank, Sparse, entry_rows
+from ders.kernels.distributed import from_first, global_sum
+from ders.kernels.forms import Coded, Form, LowRank, Neurons, Sparse, entry_rows
 from ders.kernels.grouped import grouped_linear, grouped_linear_oracle
 from ders.kernels.mix import can_mix, can_mix_slots, mix_experts, mix_experts_oracle, mix_slots, name_activation
 from ders.kernels.mix_op import ACTIVATIONS
 from ders.kernels.native.library import cache_folder
+from ders.kernels.neurons import block_columns, mix_neurons, mix_neurons_oracle
 from ders.kernels.packing import pack, pack_positions, packed_size, positions_size, unpack, unpack_positions
 from ders.kernels.quantization import (
     SCHEMES,
@@ -26,19 +27,24 @@ __all__ = [
     "Coded",
     "Form",
     "LowRank",
+    "Neurons",
     "Sparse",
+    "block_columns",
     "cache_folder",
     "can_mix",
     "can_mix_slots",
     "centred_grid",
     "dequantize",
     "entry_rows",
+    "from_first",
     "global_sum",
     "grouped_linear",
     "grouped_linear_oracle",
     "largest_positions",
     "mix_experts",
     "mix_experts_oracle",
+    "mix_neurons",
+    "mix_neurons_oracle",
     "mix_slots",
     "name_activation",
     "pack",

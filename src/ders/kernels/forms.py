@@ -1,7 +1,7 @@
 """What a delta is made of, as the kernels take it.
 
 E experts, O/I out/in features, N kept entries of a matrix, P = O + 1 row boundaries, R rank, B bytes of a packed row,
-G groups of a matrix that share a grid.
+G groups of a matrix that share a grid, M rows or columns of N hidden neurons, X features of the other side.
 """
 
 from typing import NamedTuple
@@ -39,6 +39,19 @@ class Coded(NamedTuple):
     steps_EG: Tensor
 
 
+class Neurons(NamedTuple):
+    """Rows (of an input projection) or columns (of the output's) of an FFN's hidden neurons; int64 neurons ascend.
+
+    Where gate and up are one matrix, an expert's gate rows come before its up rows. Neurons that were drawn from the
+    same are the same.
+    """
+
+    values_EMX: Tensor
+    neurons_EN: Tensor
+    drawn_from: tuple[int, ...] = ()
+
+
+# What any matrix can be made of; neurons belong to a whole FFN.
 Form = Sparse | LowRank | Coded
 
 

@@ -4,6 +4,7 @@ T tokens, D model width, F hidden width of the FFN, E experts, K top-k, S = T·K
 O/I out/in features of a projection.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 
 import torch
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 from ders.deltas import Delta
 from ders.kernels import (
     Form,
+    Neurons,
     can_mix,
     can_mix_slots,
     grouped_linear,
     mix_experts,
+    mix_neurons,
     mix_slots,
     name_activation,
     synthesized_linear,
@@ -127,7 +130,10 @@ class SharedBaseExperts(nn.Module):
         """(T, D), (T, K), (T, K) → (T, D): Σ_k g_k FFN_{e_k}(x). `base` holds the bias-free dense projections."""
         arguments = (hidden_states, top_k_index, top_k_weights, base)
         known = [self._delta(name).form() for name in self.form.projections]
-        forms = [form for form in known if form is not None]
+        whole = [form for form in known if isinstance(form, Neurons)]
+        if len(whole) == len(known) and self._beside_the_base(whole):
+            return self._by_neurons(*arguments, whole)
+        forms = [form for form in known if not (form is None or isinstance(form, Neurons))]
         if len(forms) < len(known):
             return self._by_slots(*arguments)
         synthesize, mix = self._ways(top_k_index, forms)
@@ -146,6 +152,26 @@ class SharedBaseExperts(nn.Module):
                 return found
             self._known_ways[tokens, top_k, device] = found
         return self._known_ways[tokens, top_k, device]
+
+    def _beside_the_base(self, forms: list[Neurons]) -> bool:
+        """Whether an expert's activations are the base's but for its neurons: matrices share them, no bias differs."""
+        if any(name in self.biases_EO for name in self.form.inputs):
+            return False
+        return all(form.drawn_from == forms[0].drawn_from for form in forms)
+
+    def _by_neurons(
+        self, x_TD: Tensor, index_TK: Tensor, gates_TK: Tensor, base: nn.Module, forms: list[Neurons]
+    ) -> Tensor:
+        """The dense FFN, and beside it the neurons in which experts differ."""
+        pre = [getattr(base, name)(x_TD) for name in self.form.inputs]
+        hidden = functools.partial(self.form.hidden, activation=getattr(base, self.form.activation))
+        gates_TE = self._by_expert(index_TK, gates_TK)
+        mixed_TF, y_TD = mix_neurons(x_TD, pre, gates_TE, forms, hidden, self.activation_name, self.form.gated)
+        return self._output(base, mixed_TF, y_TD, index_TK, gates_TK).to(x_TD.dtype)
+
+    def _by_expert(self, index_TK: Tensor, gates_TK: Tensor) -> Tensor:
+        """Each expert's gate (T, E), zero where it was not chosen."""
+        return gates_TK.new_zeros(len(gates_TK), self.num_experts).scatter_add(1, index_TK, gates_TK)
 
     def _delta(self, name: str) -> Delta:
         delta = self.deltas[name]
@@ -182,9 +208,8 @@ class SharedBaseExperts(nn.Module):
         """The base's output once per token, and what deltas and biases add to it."""
         y_TD: Tensor = getattr(base, self.form.output)(mixed_TF) + delta_TD
         if self.form.output in self.biases_EO:
-            gates_TE = gates_TK.new_zeros(len(gates_TK), self.num_experts).scatter_add(1, index_TK, gates_TK)
             bias_EO = self.biases_EO[self.form.output]
-            y_TD = y_TD + gates_TE.to(bias_EO.dtype) @ bias_EO
+            y_TD = y_TD + self._by_expert(index_TK, gates_TK).to(bias_EO.dtype) @ bias_EO
         return y_TD
 
     def _by_slots(self, x_TD: Tensor, index_TK: Tensor, gates_TK: Tensor, base: nn.Module) -> Tensor:

@@ -4,7 +4,7 @@ import csv
 import logging
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,7 @@ def fit(
     resume: Saved | None = None,
     provenance: dict[str, Any] | None = None,
     keep_last: int = 2,
+    callbacks: Sequence[Callback] = (),
 ) -> lightning.Trainer:
     """Train one stage.
 
@@ -108,6 +109,7 @@ def fit(
         resume: continue from this checkpoint; the run ends as if it had never stopped.
         provenance: noted in the model folders of checkpoints.
         keep_last: so many checkpoints are kept, and the best.
+        callbacks: of the method, which run before all others.
 
     Raises:
         NonFiniteLossError: the loss became NaN or infinite; the last checkpoint stays.
@@ -117,7 +119,8 @@ def fit(
         ValueError: `resume` cannot be continued by these processes.
     """
     csv_logger = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=50)
-    callbacks: list[Callback] = [
+    own: list[Callback] = [
+        *callbacks,
         RoutingMonitor(),
         Throughput(),
         RichProgressBar(console_kwargs={"stderr": True}) if sys.stderr.isatty() else PlainProgress(label),
@@ -127,8 +130,8 @@ def fit(
         checkpoints = Checkpoints(
             folder / "checkpoints", module.bundle, stage.save_every, provenance=provenance, keep_last=keep_last
         )
-        callbacks.append(checkpoints)
-    callbacks.append(StopOnSignal(checkpoints))
+        own.append(checkpoints)
+    own.append(StopOnSignal(checkpoints))
     if stage.device_batch_size is not None:
         stage = stage.on_devices(_world_size(make_trainer))
     steps = stage.steps if max_steps is None else min(max_steps, stage.steps)
@@ -140,7 +143,7 @@ def fit(
         val_check_interval=stage.validate_every * stage.accumulate if data.validates else None,  # type: ignore
         check_val_every_n_epoch=None,
         limit_val_batches=1.0 if data.validates else 0,
-        callbacks=callbacks,
+        callbacks=own,
         logger=[csv_logger, *(loggers or [])],
         default_root_dir=folder,
         use_distributed_sampler=False,

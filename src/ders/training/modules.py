@@ -171,7 +171,7 @@ class LanguageModule(StageModule):
         if self.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
 
-    def _answer_loss(self, batch: dict[str, Tensor]) -> Tensor:
+    def answer_loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Over the answer tokens of all processes: the mean over the processes is the mean over the tokens."""
         batch = {key: tensor for key, tensor in batch.items() if key != "counted"}
         labels = batch.pop("labels")
@@ -184,7 +184,7 @@ class LanguageModule(StageModule):
         only_text = "pixel_values" not in batch and hasattr(self.model.config, "vision_config")
         if only_text and isinstance(self.trainer.strategy, DeepSpeed | FSDP2):
             batch, only_text = self._with_blank_picture(batch), False
-        loss = self._answer_loss(batch)
+        loss = self.answer_loss(batch)
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         routings = take_routings(self.model)
         if routings:
@@ -243,7 +243,7 @@ class LanguageModule(StageModule):
         if "labels" in batch:  # no process could generate an answer alone
             if "pixel_values" not in batch and hasattr(self.model.config, "vision_config"):
                 batch = self._with_blank_picture(batch)
-            loss = self._answer_loss(batch)
+            loss = self.answer_loss(batch)
             take_routings(self.model)
             self.log("val/loss", loss, prog_bar=True, sync_dist=True, on_epoch=True, batch_size=len(batch["labels"]))
             return

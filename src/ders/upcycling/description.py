@@ -96,7 +96,7 @@ def describe(factory: Callable[..., Any], kind: type) -> dict[str, Any]:
     return {"name": bound.func.__name__, **bound.keywords}
 
 
-def bind(description: dict[str, Any], known: dict[str, Any], what: str) -> Callable[..., Any]:
+def bind(description: dict[str, Any], known: dict[str, Any], what: str) -> functools.partial[Any]:
     dials = dict(description)
     name = dials.pop("name")
     if name not in known:

@@ -45,6 +45,22 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+def hidden_side(projection: str) -> tuple[str, int]:
+    """Which side of an FFN's matrix is the hidden one, `rows` or `columns`, and how often it holds all hidden neurons.
+
+    By the projection's name, which means one thing in all families.
+
+    Raises:
+        ValueError: no family has such a projection.
+    """
+    for family in FAMILIES.values():
+        if projection == family.ffn.output:
+            return "columns", 1
+        if projection in family.ffn.inputs:
+            return "rows", 1 + family.ffn.gated if len(family.ffn.inputs) == 1 else 1
+    raise ValueError(f"no known family has a projection {projection!r} in its FFN")
+
+
 def require_family(model_type: str) -> Family:
     """The row of a `model_type`.
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ders.deltas import Delta
+from ders.deltas import Delta, Place
 from ders.kernels import stable_hash
 from ders.moe import MoELayer, Router, SharedBaseMoE, TopKRouter, VanillaMoE, moe_layers
 from ders.upcycling.description import Upcycling, bind, describe, describe_delta
-from ders.upcycling.families import Family, find_decoder
+from ders.upcycling.families import Family, find_decoder, hidden_side
 from ders.upcycling.routers import load_router, read_routers
 
 LAYER_CHOICES = ("every_other", "all", "first_half", "second_half")
@@ -222,13 +222,22 @@ def _build_layer(block: nn.Module, family: Family, upcycling: Upcycling, index: 
 
 
 def delta_maker(upcycling: Upcycling, index: int, dtype: torch.dtype) -> Callable[[str, int, int, int], Delta]:
-    """Makes the deltas of layer `index`: (projection, E, O, I) → Delta. No two matrices share a seed."""
+    """Makes the deltas of layer `index`: (projection, E, O, I) → Delta, each told its place in the model."""
     assert upcycling.delta is not None
     bound = bind(upcycling.delta, Delta.known, "delta")
+    kind: Any = bound.func
 
     def make(name: str, num_experts: int, out_features: int, in_features: int) -> Delta:
-        seed = stable_hash(upcycling.seed, index, name)
-        delta: Delta = bound(num_experts, out_features, in_features, seed=seed).to(dtype)
+        hidden, blocks = hidden_side(name.rpartition(".")[2])
+        place = Place(
+            seed=stable_hash(upcycling.seed, index, name),
+            ffn_seed=stable_hash(upcycling.seed, index, "ffn"),
+            hidden=hidden,
+            blocks=blocks,
+            layer=upcycling.layers.index(index),
+            num_layers=len(upcycling.layers),
+        )
+        delta: Delta = kind.at(place, num_experts, out_features, in_features, **bound.keywords).to(dtype)
         return delta
 
     return make
