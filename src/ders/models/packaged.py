@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from ders.checkpoint import new_folder
 from ders.kernels import cache_folder
@@ -44,11 +45,15 @@ class PackagedWeights:
 
 
 def _from_gguf(file: Path, folder: Path) -> None:
-    read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    del read.config.quantization_config
-    # transformers refuses to save what it read from such a file, though its values are ordinary numbers by now.
-    model = type(read)(read.config)
-    model.load_state_dict(read.state_dict())
+    # Not by the model's own `from_pretrained`: that asks for accelerate, and refuses to save what it has read.
+    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    tensors = load_gguf_checkpoint(str(file), return_tensors=True, model_to_load=model)["tensors"]
+    _, unexpected = model.load_state_dict(tensors, strict=False)
+    missing = {name for name, p in model.named_parameters() if name not in tensors}
+    if missing or unexpected:
+        raise OSError(f"{file}: holds other weights than its model: {sorted(missing)[:3]}, {unexpected[:3]}")
+    model.tie_weights()
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
 
