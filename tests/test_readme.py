@@ -50,7 +50,12 @@ def test_make_targets(target: str) -> None:
     assert {"train": "python train.py", "test": "python -m pytest"}[target] in planned
 
 
-@pytest.mark.parametrize("command", TRAIN)
+def slow_if_real(command: str) -> Any:
+    """135 million parameters take their time even in two steps."""
+    return pytest.param(command, marks=pytest.mark.slow) if "model=smol" in command else command
+
+
+@pytest.mark.parametrize("command", map(slow_if_real, TRAIN))
 def test_train_commands(command: str, outputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     from ders.cli.train import main
 
