@@ -50,13 +50,12 @@ def study(config: DictConfig) -> None:
 
 
 def _run(config: DictConfig, pack: Path, records: dict[str, Any]) -> dict[str, Any]:
-    started = time.perf_counter()
     given = [*shlex.split(config.overrides), f"scale={config.scale}", f"output_dir={config.output_dir}"]
     jobs = {job: folder for name in config.claims for job, folder in run_folders(read_claim(name), given).items()}
     # Every row once before any seed twice: what is not finished lacks seeds and no rows.
     order = sorted(jobs, key=_seed)
     counts = {"finished": 0, "failed": 0, "left": 0}
-    longest = 0.0
+    started, longest = time.perf_counter(), 0.0
     for number, job in enumerate(order, 1):
         folder = jobs[job]
         if not finished(folder) and folder.name not in records:
