@@ -32,9 +32,14 @@ def run(config: DictConfig) -> None:
         kills_per_cell=config.kills // cells,
         budget_seconds=float(config.budget_seconds),
         seed=config.seed,
+        commit=None if record["dirty"] is not False else record["commit"],
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
-    record |= campaign.run()
+    measured = campaign.run()
+    if measured is None:
+        print(f"the time is over, and the campaign is not: the same command goes on from {work}", file=sys.stderr)
+        raise SystemExit(1)
+    record |= measured
     shutil.rmtree(work)
     folder = ROOT / config.results / "faults"
     folder.mkdir(parents=True, exist_ok=True)

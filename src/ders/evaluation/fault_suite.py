@@ -92,8 +92,8 @@ class Campaign:
 
     Attributes:
         train: the command's file.
-        work: an empty folder of its own.
-        budget_seconds: no new kill after that; what was begun is brought to its end.
+        work: a folder of its own. Cells that a campaign of the same `commit` finished in it are not done again.
+        budget_seconds: no new cell after that; what was begun is brought to its end.
     """
 
     train: Path
@@ -101,33 +101,50 @@ class Campaign:
     kills_per_cell: int
     budget_seconds: float
     seed: int = 0
+    commit: str | None = None
     say: Callable[[str], None] = print
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
         self.ends = time.perf_counter() + self.budget_seconds
-        shutil.rmtree(self.work, ignore_errors=True)
-        self.work.mkdir(parents=True)
+        self.so_far: dict[str, Any] = {"of": [self.commit, self.kills_per_cell, self.seed], "rows": [], "disk": []}
+        file = self.work / "so_far.json"
+        if self.commit is not None and file.exists() and json.loads(file.read_text())["of"] == self.so_far["of"]:
+            self.so_far = json.loads(file.read_text())
+            shutil.rmtree(self.work / "killed", ignore_errors=True)
+        else:
+            shutil.rmtree(self.work, ignore_errors=True)
+            self.work.mkdir(parents=True)
 
     def start(self, outputs: Path, method: str, trainer: str, *more: str) -> Started:
         outputs.mkdir(parents=True, exist_ok=True)
         dials = [f"method={method}", *TRAINERS[trainer], *RECIPE, f"output_dir={outputs}", *more]
         return Started([sys.executable, str(self.train), *dials], outputs)
 
-    def run(self) -> dict[str, Any]:
-        started = time.perf_counter()
-        rows, disk = [], []
-        for method, trainer in itertools.product(METHODS, TRAINERS):
-            rows.append(self.cell(method, trainer))
-            self._keep(rows, disk)
-        for trainer in ("single", "zero2"):
-            disk += self.disk(trainer)
-            self._keep(rows, disk)
-        return {"rows": rows, "disk": disk, "goals": _goals(rows, disk), "seconds": time.perf_counter() - started}
+    def run(self) -> dict[str, Any] | None:
+        """All cells and the faults of the disk; None where the time was over before, and another call is to go on."""
+        cells = list(itertools.product(METHODS, TRAINERS))
+        for method, trainer in cells[len(self.so_far["rows"]) :]:
+            if not self._kept("rows", lambda m=method, t=trainer: [self.cell(m, t)]):
+                return None
+        disks = ("single", "zero2")
+        for trainer in disks[len({row["trainer"] for row in self.so_far["disk"]}) :]:
+            if not self._kept("disk", lambda t=trainer: self.disk(t)):
+                return None
+        rows, disk = self.so_far["rows"], self.so_far["disk"]
+        return {"rows": rows, "disk": disk, "goals": _goals(rows, disk), "seconds": self.so_far["seconds"]}
 
-    def _keep(self, rows: list[dict[str, Any]], disk: list[dict[str, Any]]) -> None:
-        """What is known so far, in case the campaign itself is cut short."""
-        (self.work / "so_far.json").write_text(json.dumps({"rows": rows, "disk": disk}, indent=1))
+    def _kept(self, part: str, measure: Callable[[], list[dict[str, Any]]]) -> bool:
+        """Keep what is measured in a file; False, unmeasured, where the time is over."""
+        began = time.perf_counter()
+        if began >= self.ends:
+            return False
+        self.so_far[part] += measure()
+        self.so_far["seconds"] = self.so_far.get("seconds", 0.0) + time.perf_counter() - began
+        file = self.work / "so_far.json"
+        file.with_suffix(".partial").write_text(json.dumps(self.so_far, indent=1))
+        file.with_suffix(".partial").replace(file)
+        return True
 
     def cell(self, method: str, trainer: str) -> dict[str, Any]:
         """Kill one process of a run again and again, continue it each time, compare its end."""
@@ -136,7 +153,7 @@ class Campaign:
         counts = ("kills", "hung", "unreadable", "lost", "started_over")
         row: dict[str, Any] = {"method": method, "trainer": trainer, **dict.fromkeys(counts, 0)}
         waits, stops, reached = [], [], 0
-        while row["kills"] < self.kills_per_cell and time.perf_counter() < self.ends:
+        while row["kills"] < self.kills_per_cell:
             job = self.start(outputs, method, trainer, "ckpt_path=auto")
             # One moment out of four lies in starting up, the others in training, saving and scoring.
             while_starting = self.random.random() < 0.25
@@ -170,6 +187,7 @@ class Campaign:
 
     def whole(self, method: str, trainer: str) -> dict[str, Any]:
         """The run nothing happens to, and how long it takes to its first checkpoint and from there on."""
+        shutil.rmtree(self.work / f"whole/{trainer}/{method}", ignore_errors=True)  # of a cell that was cut short
         outputs = self._outputs(f"whole/{trainer}/{method}")
         began = time.perf_counter()
         job, first = self.start(outputs, method, trainer), None
