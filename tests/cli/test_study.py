@@ -2,73 +2,59 @@
 
 import json
 import shutil
-from collections.abc import Callable
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, SMALL, SMALL_DATA
+from conftest import SMALL, SMALL_DATA
 
+from ders.cli import study
 from ders.reporting.record import read_record
 
-CLAIM = """# @package _global_
-# python train.py experiments=steps
-defaults:
-  - override /hydra/sweeper: runs
-hydra:
-  mode: MULTIRUN
-  sweeper:
-    common: seed=0,1
-    runs:
-      - method=dense
-      - method=dense stage.moe.optimizer.lr=-1
-"""
+# One of them is refused.
+CLAIM = {"runs": ["method=dense", "method=dense stage.moe.optimizer.lr=-1"], "common": "seed=0"}
 
 
-@pytest.fixture
-def clone(tmp_path: Path) -> Path:
-    """The sources, with a claim of two runs a seed, of which one fails."""
-    for name in ("conf", "src", "scripts"):
-        shutil.copytree(ROOT / name, tmp_path / name)
-    shutil.copy(ROOT / "train.py", tmp_path)
-    (tmp_path / "experiments").mkdir()
-    (tmp_path / "experiments" / "steps.yaml").write_text(CLAIM)
-    return tmp_path
+def step(monkeypatch: pytest.MonkeyPatch, capsys: Any, *dials: str) -> tuple[int, dict[str, Any]]:
+    monkeypatch.setattr(sys, "argv", ["study.py", "format=json", *dials])
+    monkeypatch.setattr(study, "read_claim", lambda name: CLAIM)
+    code = 0
+    try:
+        study.main()
+    except SystemExit as end:
+        code = int(end.code or 0)
+    return code, json.loads(capsys.readouterr().out)
 
 
-def test_a_study_goes_on_where_it_stopped(clone: Path, outputs: Path, command: Callable[..., Any]) -> None:
-    pack = clone / "pack.json"
-
-    def step(*more: str) -> tuple[int, dict[str, Any]]:
-        dials = ["claims=[steps]", f"pack={pack}", f"output_dir={outputs / 'study'}", "format=json", *more]
-        dials.append(f"overrides='{' '.join([*SMALL, *SMALL_DATA])}'")
-        done = command(str(clone / "scripts" / "study.py"), *dials, root=clone, env={"DERS_COMMIT": "0" * 40})
-        return done.returncode, json.loads(done.stdout)
-
-    # No time at all: the first run, of unknown length, is begun; none after it.
-    code, told = step("minutes=0.01")
-    assert (told["finished"], told["failed"]) in ((1, 0), (0, 1))
-    assert told["left"] == 3
-    code, told = step()
-    assert (code, told["finished"], told["failed"], told["left"]) == (1, 2, 2, 0)
-    records = json.loads(pack.read_text())
-    assert sorted(record["seed"] for record in records.values()) == [0, 1]
-    assert not list((outputs / "study").glob("dense-*/checkpoints/step_*"))
-    # Elsewhere, from the pack alone: nothing finished is run again.
-    shutil.rmtree(outputs / "study")
-    code, told = step("minutes=0.01")
-    assert told["finished"] == 2
-    other = outputs / "elsewhere"
-    code, told = step("action=unpack", f"output_dir={other}")
-    assert (code, told) == (0, {"records": 2})
-    assert {read_record(file)["status"] for file in other.glob("*/record.json")} == {"finished"}
+def test_a_study_goes_on_where_it_stopped(
+    outputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    pack, runs = tmp_path / "pack.json", outputs / "study"
+    given = f"overrides='{' '.join([*SMALL, *SMALL_DATA])}'"
+    dials = ["claims=[steps]", f"pack={pack}", f"output_dir={runs}", given]
+    # The first run, of unknown length, is begun; there is no time for another.
+    assert step(monkeypatch, capsys, *dials, "minutes=0.01") == (
+        0,
+        {"finished": 1, "failed": 0, "left": 1, "records": 1, "pack": str(pack)},
+    )
+    assert not list(runs.glob("dense-*/checkpoints"))
+    code, told = step(monkeypatch, capsys, *dials)
+    assert (code, told["finished"], told["failed"], told["left"]) == (1, 1, 1, 0)
+    # Elsewhere, from the pack alone: what is finished is not run again.
+    shutil.rmtree(runs)
+    assert step(monkeypatch, capsys, *dials, "minutes=1e-6")[1]["finished"] == 1
+    assert not list(runs.glob("dense-*"))
+    assert step(monkeypatch, capsys, *dials, "action=unpack") == (0, {"records": 1})
+    (record,) = (read_record(file) for file in runs.glob("*/record.json"))
+    assert (record["status"], record["method"]) == ("finished", "dense")
 
 
 @pytest.mark.parametrize(
     ("dial", "message"),
     [("minutes=0", "minutes must be positive"), ("action=x", "run or unpack"), ("claims=[none]", "there is no experi")],
 )
-def test_bad_dials(dial: str, message: str, command: Callable[..., Any], outputs: Path) -> None:
-    done = command(str(ROOT / "scripts" / "study.py"), dial, f"pack={outputs / 'p.json'}")
-    assert done.returncode == 1
-    assert message in done.stderr
+def test_bad_dials(dial: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["study.py", dial, f"pack={tmp_path / 'p.json'}"])
+    with pytest.raises(SystemExit, match=message):
+        study.main()
