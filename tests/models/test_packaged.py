@@ -83,7 +83,7 @@ def test_a_conversion_that_fails_leaves_nothing(monkeypatch: pytest.MonkeyPatch,
     assert not [file for file in tmp_path.iterdir() if file.is_dir()]
 
 
-def test_a_llava_of_pretrained_parts(tmp_path: Path) -> None:
+def test_a_llava_of_pretrained_parts() -> None:
     prepare_hydra()
     recipe = instantiate(composed("train", ["model=smol_llava", "data=easy_vqa"]).model)
     bundle = recipe.build([])

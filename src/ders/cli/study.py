@@ -5,7 +5,6 @@ For a machine that one has for minutes at a time: each call goes on where the la
 
 import json
 import logging
-import os
 import shlex
 import shutil
 import subprocess
@@ -65,8 +64,8 @@ def _run(config: DictConfig, pack: Path, records: dict[str, Any]) -> dict[str, A
                 continue
             log.info("%d of %d: %s", number, len(order), job)
             command = [sys.executable, str(ROOT / "train.py"), *given, *shlex.split(job)]
-            # Apart from the step's own time limit, a run that fails must not end the others.
-            code = subprocess.run(command, stdout=subprocess.DEVNULL, env={**os.environ}).returncode
+            # In a process of its own: a run that fails must not end the others.
+            code = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
             longest = max(longest, time.perf_counter() - began)
             if code:
                 log.warning("%s ended with exit code %d", job, code)
