@@ -26,12 +26,13 @@ def trainer_factory(config: DictConfig) -> Callable[..., Any]:
 
 
 def parent_trainer_factory(config: DictConfig) -> Any:
-    """Partial of the trainer of a parent: one process in fp32 without limits, whatever the run itself uses, for one
-    parent serves all."""
+    """Partial of the trainer of a parent: one process without limits in `parent_precision`, whatever the run itself uses,
+    for one parent serves all."""
     shared = {key: config.trainer[key] for key in ("_target_", "_partial_", "accelerator", "log_every_n_steps")}
     # torchrun's and Slurm's processes are not for it: each of theirs would refuse to be the only one.
     alone = [{"_target_": "lightning.fabric.plugins.environments.LightningEnvironment"}]
-    return instantiate(OmegaConf.create({**shared, "devices": 1, "precision": "32-true", "plugins": alone}))
+    precision = config.parent_precision
+    return instantiate(OmegaConf.create({**shared, "devices": 1, "precision": precision, "plugins": alone}))
 
 
 def method_callbacks(config: DictConfig) -> list[Any]:
@@ -120,6 +121,7 @@ def _check_compression(config: DictConfig, dense: torch.nn.Module) -> None:
     upcycle(copy.deepcopy(dense), delta=instantiate(compression)["delta"], **instantiate(config.upcycling))
 
 
+PARENT_PRECISIONS = ("32-true", "bf16-mixed")
 _WHOLE, _NUMBER = "a whole number", "a number"
 _TYPES = {
     "num_experts": _WHOLE,
@@ -149,6 +151,10 @@ def _check_types(config: DictConfig) -> None:
         raise UserError(f"keep_checkpoints must be a whole number from 1 on: got {config.keep_checkpoints!r}")
     if config.skip_spikes is not None and not (isinstance(config.skip_spikes, int | float) and config.skip_spikes > 1):
         raise UserError(f"skip_spikes must be a number above 1, or null: got {config.skip_spikes!r}")
+    if config.parent_precision not in PARENT_PRECISIONS:
+        raise UserError(
+            f"parent_precision must be one of {', '.join(PARENT_PRECISIONS)}: got {config.parent_precision!r}"
+        )
     limit = config.trainer.max_steps
     if limit is not None and (not isinstance(limit, int) or limit < 1):
         raise UserError(f"trainer.max_steps must be a whole number from 1 on, or null for no limit: got {limit!r}")

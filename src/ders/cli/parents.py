@@ -28,7 +28,9 @@ STAGES = ("tower", "projector", "finetune")
 
 def parent_recipe(config: DictConfig, data_hash: str) -> dict[str, Any]:
     """Everything the tiny parent depends on; the run's own method, stage and seed are not among it."""
+    precision = {} if config.parent_precision == "32-true" else {"precision": config.parent_precision}
     return {
+        **precision,
         "model": to_plain(config.model),
         "data": to_plain(config.data),
         "stages": {name: to_plain(config.stage[name]) for name in STAGES},

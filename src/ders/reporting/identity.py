@@ -18,7 +18,7 @@ _NOT_IDENTITY = (
 )
 _TRAINER_LIMITS = ("max_steps", "max_time", "log_every_n_steps")
 # Dials that came after the first records, at the values that change nothing: with them a run is the run it was before.
-_WITHOUT_EFFECT = {"export": "last", "skip_spikes": None}
+_WITHOUT_EFFECT = {"export": "last", "skip_spikes": None, "parent_precision": "32-true"}
 
 
 def identity(config: dict[str, Any]) -> dict[str, Any]:

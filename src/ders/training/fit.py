@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger
 from torch.utils.data import DataLoader
 
+from ders.training.allocator import keep_freed_memory
 from ders.training.batches import StepBatches
 from ders.training.callbacks import PlainProgress, RoutingMonitor, Throughput
 from ders.training.checkpoints import Checkpoints, Saved
@@ -118,6 +119,7 @@ def fit(
         DeadProcessError: another process of the job is gone.
         ValueError: `resume` cannot be continued by these processes.
     """
+    keep_freed_memory()
     csv_logger = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=50)
     own: list[Callback] = [
         *callbacks,
