@@ -271,6 +271,7 @@ def test_a_method_owns_its_dials() -> None:
         (["method=ders_lm", "rank=1.5"], "rank must be a whole number"),
         (["seed=-1"], "must not be negative"),
         (["seed=1.5"], "seed must be a whole number"),
+        (["parent_precision=16"], "parent_precision must be one of 32-true, bf16-mixed: got 16"),
         (["trainable=tower"], "trainable must be one of paper, frozen_shared, adapter, all"),
         (["upcycling.layers=0"], "or a list of indices: got 0"),
         (["trainer.precision=bf17"], "trainer: cannot be built"),

@@ -1,5 +1,6 @@
 """Stages on the true configuration, shrunk."""
 
+import contextlib
 import csv
 import json
 import os
@@ -13,8 +14,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT, SMALL, SMALL_DATA, language_module
 
+from ders.data.conversation import IGNORED
 from ders.reporting.figures import read_metrics
 from ders.training.checkpoints import steps_in
 from ders.training.modules import NonFiniteLossError
@@ -110,3 +113,40 @@ def test_gradients_of_text_only_batches_reach_every_parameter(llava_model: Any) 
     projector = [p for n, p in llava_model.model.named_parameters() if "multi_modal_projector" in n]
     assert all(p.grad is not None for p in projector)
     assert idle == 0
+
+
+def test_the_loss_needs_only_the_answers_logits(llava_model: Any) -> None:
+    set_trainable(llava_model.model, "all")
+    model = llava_model.model.double()
+    module = language_module(llava_model)
+    module._trainer = SimpleNamespace(world_size=1, strategy=None)
+    ids = torch.randint(0, llava_model.model.config.image_token_id, (3, 11))
+    labels = ids.clone()
+    labels[:, :4] = labels[1, :7] = labels[2, 6:] = IGNORED
+    module.answer_loss({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}).backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    pairs = [(b, t) for b in range(3) for t in range(10) if labels[b, t + 1] != IGNORED]
+    twin = sum(-logits[b, t].log_softmax(-1)[labels[b, t + 1]] for b, t in pairs) / len(pairs)
+    twin.backward()
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-7)  # the loss itself is fp32
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_short_rows_in_bf16_have_the_same_loss(llava_model: Any, checkpointing: bool) -> None:
+    module = language_module(llava_model)
+    module._trainer = SimpleNamespace(world_size=1, strategy=None)
+    module.gradient_checkpointing = checkpointing
+    assert isinstance(module._attention(100), contextlib.nullcontext)
+    ids = torch.randint(0, llava_model.model.config.image_token_id, (3, 11))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    exact = module.answer_loss(dict(batch))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert isinstance(module._attention(100), contextlib.nullcontext) == checkpointing
+        assert isinstance(module._attention(300), contextlib.nullcontext)
+        torch.testing.assert_close(module.answer_loss(dict(batch)), exact, rtol=0.02, atol=0)
