@@ -138,6 +138,33 @@ def test_code_is_not_run_without_a_sandbox(
         evaluate(monkeypatch, language_model, *CODE, "allow_code_execution=true")
 
 
-def test_samples_are_of_code(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dial", ["samples=s.jsonl", "record=mine"])
+def test_samples_and_records_are_of_code(dial: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit, match="add evaluation=humaneval"):
-        evaluate(monkeypatch, checkpoint, *DATA, "samples=s.jsonl")
+        evaluate(monkeypatch, checkpoint, *DATA, dial)
+
+
+@pytest.mark.usefixtures("sandbox")
+def test_results_become_lines_of_one_table(
+    language_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    run = [*CODE, "allow_code_execution=true", f"results={tmp_path / 'results'}"]
+    with pytest.raises(SystemExit, match="record must be a name"):
+        evaluate(monkeypatch, language_model, *run, "record=a/b")
+    monkeypatch.setattr("ders.reporting.record._commit", lambda _: ("c0ffee" * 6, True))
+    with pytest.raises(SystemExit, match="commit first"):
+        evaluate(monkeypatch, language_model, *run, "record=tiny")
+    monkeypatch.setattr("ders.reporting.record._commit", lambda _: ("c0ffee" * 6, False))
+    for name in ("tiny", "again"):
+        evaluate(monkeypatch, language_model, *run, f"record={name}")
+    folder = tmp_path / "results" / "humaneval"
+    assert sorted(file.name for file in folder.iterdir()) == ["again.json", "table.md", "tiny.json"]
+    record = json.loads((folder / "tiny.json").read_text())
+    assert record["config"]["evaluation"]["num_problems"] == record["result"]["num_problems"] == 2
+    table = (folder / "table.md").read_text()
+    assert "commit c0ffeec0ff." in table
+    assert "at most 4 new tokens" in table
+    assert [line for line in table.splitlines() if line.startswith("| again | 0.0 | 0.0 to 65.8 | 0 of 2 | 0 |")]
+    with pytest.raises(SystemExit, match="made with another max_new_tokens"):
+        evaluate(monkeypatch, language_model, *run, "evaluation.max_new_tokens=3", "record=tiny")
+    assert json.loads((folder / "tiny.json").read_text()) == record

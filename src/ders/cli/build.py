@@ -26,8 +26,8 @@ def trainer_factory(config: DictConfig) -> Callable[..., Any]:
 
 
 def parent_trainer_factory(config: DictConfig) -> Any:
-    """Partial of the trainer of a parent: one process without limits in `parent_precision`, whatever the run itself uses,
-    for one parent serves all."""
+    """Partial of the trainer of a parent: one process in `parent_precision` without limits, whatever the run itself
+    uses, for one parent serves all."""
     shared = {key: config.trainer[key] for key in ("_target_", "_partial_", "accelerator", "log_every_n_steps")}
     # torchrun's and Slurm's processes are not for it: each of theirs would refuse to be the only one.
     alone = [{"_target_": "lightning.fabric.plugins.environments.LightningEnvironment"}]

@@ -42,8 +42,9 @@ def run(config: DictConfig) -> None:
     if config.get("evaluation"):
         score_programs(config, checkpoint, _DTYPES[config.dtype])
         return
-    if config.samples is not None:
-        raise UserError("samples=… is of a code evaluation: add evaluation=humaneval, or drop it")
+    for dial in ("samples", "record"):
+        if config[dial] is not None:
+            raise UserError(f"{dial}=… is of a code evaluation: add evaluation=humaneval, or drop it")
     provenance = provenance_of(read_config_json(checkpoint))
     name, source = _source(config, provenance, checkpoint)
     prepared = source.prepare(ROOT / config.output_dir / "cache")

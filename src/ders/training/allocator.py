@@ -10,8 +10,8 @@ _BYTES = 1 << 30
 def keep_freed_memory() -> bool:
     """Let this process keep the memory of freed tensors instead of handing it back to the system.
 
-    A step frees and takes the same gigabytes again, and by default each larger tensor is mapped anew, page by page: that
-    was a fifth of a step's time of SmolLM2-135M on two cores. The peak stays what it is.
+    A step frees and takes the same gigabytes again, and by default each larger tensor is mapped anew, page by page:
+    that was a fifth of a step's time of SmolLM2-135M on two cores. The peak stays what it is.
 
     Returns:
         Whether the C library has the switches (glibc).
