@@ -28,7 +28,7 @@ def test_a_line_per_rate_and_length() -> None:
     text = similarity_markdown(rows_of(records), kept, "Title", "python x")
     lines = [line for line in text.splitlines() if line.startswith("| ")][2:]
     assert [line.split(" | ")[:2] for line in lines] == [["| 0.0001", "9"], ["| 0.0001", "50"], ["| 0.001", "50"]]
-    # Over both seeds: the smallest cosine, the largest delta, the mean loss.
-    assert lines[2] == "| 0.001 | 50 | 0.890000 | 0.800000 | 0.922500 | 35.00 | 1.6000 ± 0.1414 | 2 |"
+    # Over both seeds: the largest distances, the largest delta, the mean loss.
+    assert lines[2] == "| 0.001 | 50 | 1.1e-01 | 2.0e-01 | 7.8e-02 | 35.00 | 1.6000 ± 0.1414 | 2 |"
     assert "Loss of an answer's token in nats" in text
     assert len(similarity_markdown(rows_of(records), dropped, "Title", "x").splitlines()) == len(text.splitlines()) - 1

@@ -16,8 +16,14 @@ def similarity_markdown(rows: list[Row], kept: dict[str, Any], title: str, comma
     """
     records = [record for row in rows for record in row.records]
     score = score_of(records).metric
-    cosines = ["smallest cosine to the FFN", "smallest between experts", "mean to the FFN", "largest delta, % of base"]
-    header = ["learning rate", "steps", *cosines, score, "seeds"]
+    # Distances: cosines this near to 1 would all print alike.
+    away = [
+        "1 − cosine to the FFN, largest",
+        "between experts, largest",
+        "to the FFN, mean",
+        "largest delta, % of base",
+    ]
+    header = ["learning rate", "steps", *away, "largest delta, % of base", score, "seeds"]
     lines = [header, ["---:"] * len(header)]
     for row in sorted(rows, key=_trained):
         found = [kept[name] for name in _folders(row) if name in kept]
@@ -30,7 +36,8 @@ def similarity_markdown(rows: list[Row], kept: dict[str, Any], title: str, comma
         metric = f"test/{score}"
         told = (nats if score == "loss" else percent)(row.mean(metric), row.spread(metric))
         rate, steps = _trained(row)
-        figures = [f"{min(to_base):.6f}", f"{min(between):.6f}", f"{mean(to_base):.6f}", f"{100 * max(ratios):.2f}"]
+        distances = [f"{1 - cosine:.1e}" for cosine in (min(to_base), min(between), mean(to_base))]
+        figures = [*distances, f"{100 * max(ratios):.2f}"]
         lines.append([f"{rate:g}", str(steps), *figures, told, str(len(row.records))])
     return f"{caption(records, title, command)}\n\n{pipes(lines)}\n"
 
