@@ -50,6 +50,18 @@ def tower(published: Any) -> EfficientNetLiteModel:
     return ours.eval()
 
 
+@torch.no_grad()
+def test_a_large_batch_goes_through_in_parts(tower: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(7, 3, 64, 64)
+    whole = tower(x).last_hidden_state
+    seen = []
+    tower.stem.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    monkeypatch.setattr("ders.models.efficientnet._IMAGES_AT_ONCE", 3)
+    torch.testing.assert_close(tower(x).last_hidden_state, whole)
+    tower.stem._forward_pre_hooks.clear()
+    assert seen == [3, 3, 1]
+
+
 def test_features_and_gradients_are_those_of_the_published_network(published: Any, tower: Any) -> None:
     theirs, ours = copy.deepcopy(published).double(), copy.deepcopy(tower).double()
     x = torch.randn(2, 3, 224, 224, dtype=torch.float64, requires_grad=True)

@@ -23,6 +23,8 @@ _STAGES = (
     (1, 3, 1, 6, 320),
 )
 _STEM_CHANNELS, _EPS = 32, 1e-3
+# The first maps are hundreds of times as large as what comes out: 30 MB an image of 224 pixels in fp32.
+_IMAGES_AT_ONCE = 32
 
 
 class EfficientNetLiteConfig(PreTrainedConfig):
@@ -103,11 +105,16 @@ class EfficientNetLiteModel(PreTrainedModel):
 
     def forward(self, pixel_values: Tensor, **ignored: Any) -> BaseModelOutput:
         """(B, C, H, W) → features (B, P, F), which are also the one hidden state."""
-        x = F.relu6(self.stem(pixel_values))
+        # Without gradients a large batch (a thousand questions to be scored) need not be in memory at once.
+        at_once = len(pixel_values) if torch.is_grad_enabled() else _IMAGES_AT_ONCE
+        x_BPF = torch.cat([self._features(part) for part in pixel_values.split(at_once)])
+        return BaseModelOutput(last_hidden_state=x_BPF, hidden_states=(x_BPF,))  # type: ignore[arg-type]
+
+    def _features(self, x: Tensor) -> Tensor:
+        x = F.relu6(self.stem(x))
         for block in self.blocks:
             x = block(x)
-        x_BPF = F.relu6(self.head(x)).flatten(2).transpose(1, 2)
-        return BaseModelOutput(last_hidden_state=x_BPF, hidden_states=(x_BPF,))  # type: ignore[arg-type]
+        return F.relu6(self.head(x)).flatten(2).transpose(1, 2)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
