@@ -14,6 +14,7 @@ from rich.progress import track
 from ders.data import DataSource, PreparedData
 from ders.data.conversation import IGNORED, Encoder
 from ders.data.loading import collate_conversations
+from ders.models.answers import answer_logits
 from ders.models.bundle import ModelBundle
 from ders.moe import take_routings
 
@@ -106,17 +107,13 @@ def _foretold(bundle: ModelBundle, rows: list[Row]) -> list[tuple[float, int]]:
     """(sum of the negative log-likelihoods, likeliest tokens that are right) of each row."""
     device = next(bundle.model.parameters()).device
     batch = {k: v.to(device) for k, v in collate_conversations(rows, bundle.tokenizer.pad_token_id).items()}
-    labels_BL = batch.pop("labels")[:, 1:]
     training = bundle.model.training
     bundle.model.eval()
-    logits_BLV = bundle.model(**batch, use_cache=False).logits[:, :-1]
+    logits_BPV, wanted_BP = answer_logits(bundle.model, batch)
     bundle.model.train(training)
     take_routings(bundle.model)
     told = []
-    for logits_LV, labels_L in zip(logits_BLV, labels_BL, strict=True):
-        counted_L = labels_L != IGNORED
-        # Only where an answer stands: a vocabulary is wide.
-        logits_LV, wanted_L = logits_LV[counted_L].float(), labels_L[counted_L]
-        loss = torch.nn.functional.cross_entropy(logits_LV, wanted_L, reduction="sum")
-        told.append((loss.item(), int((logits_LV.argmax(-1) == wanted_L).sum())))
+    for logits_PV, wanted_P in zip(logits_BPV.float(), wanted_BP, strict=True):
+        loss = torch.nn.functional.cross_entropy(logits_PV, wanted_P, reduction="sum")
+        told.append((loss.item(), int((logits_PV.argmax(-1) == wanted_P).sum())))
     return told

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ders.data.metrics import is_correct
 from ders.kernels import global_sum, stable_hash
+from ders.models.answers import answer_logits
 from ders.models.bundle import ModelBundle
 from ders.models.generation import generate_answers
 from ders.moe import Routing, moe_layers, take_routings
@@ -180,14 +181,10 @@ class LanguageModule(StageModule):
     def answer_loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Over the answer tokens of all processes: the mean over the processes is the mean over the tokens."""
         batch = {key: tensor for key, tensor in batch.items() if key != "counted"}
-        targets_BT = batch.pop("labels")[:, 1:]
-        # A large vocabulary's logits cost as much as many layers: none where no row has an answer.
-        positions = (targets_BT >= 0).any(dim=0).nonzero().squeeze(1)
-        with self._attention(targets_BT.shape[1]):
-            logits_BPV = self.model(**batch, use_cache=False, logits_to_keep=positions).logits
-        targets_BP = targets_BT[:, positions]
-        share = self.trainer.world_size / global_sum((targets_BP >= 0).sum()).clamp(min=1)
-        return F.cross_entropy(logits_BPV.flatten(0, 1).float(), targets_BP.flatten(), reduction="sum") * share
+        with self._attention(batch["labels"].shape[1]):
+            logits_BPV, wanted_BP = answer_logits(self.model, batch)
+        share = self.trainer.world_size / global_sum((wanted_BP >= 0).sum()).clamp(min=1)
+        return F.cross_entropy(logits_BPV.flatten(0, 1).float(), wanted_BP.flatten(), reduction="sum") * share
 
     def _attention(self, length: int) -> contextlib.AbstractContextManager[Any]:
         # On a CPU torch's flash attention has a slow backward pass in bf16: on short rows several times that of plain
