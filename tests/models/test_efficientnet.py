@@ -34,13 +34,17 @@ TEXT = {
 def published() -> Any:
     """The oracle, with random weights and statistics."""
     torch.manual_seed(0)
-    theirs = EfficientNet.from_name("efficientnet-lite0").eval()
-    for name, buffer in theirs.named_buffers():
+    return with_statistics(EfficientNet.from_name("efficientnet-lite0").eval())
+
+
+def with_statistics(network: Any) -> Any:
+    """The network as if it had been trained: batch normalisation's statistics are not those it begins with."""
+    for name, buffer in network.named_buffers():
         if name.endswith("running_mean"):
             buffer.normal_(std=0.1)
         elif name.endswith("running_var"):
             buffer.uniform_(0.5, 2.0)
-    return theirs
+    return network
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +105,20 @@ def test_pixels_are_scaled_as_the_network_was_trained() -> None:
 def llava() -> ModelBundle:
     vision = {"model_type": "efficientnet_lite", "image_size": 64, "patch_size": 32, "hidden_size": 1280}
     torch.manual_seed(0)
-    return TinyLlava(text=TEXT, vision=vision, feature_layer=-1).build(["what is it", "seven"])
+    bundle = TinyLlava(text=TEXT, vision=vision, feature_layer=-1).build(["what is it", "seven"])
+    with_statistics(bundle.model)
+    return bundle
+
+
+@pytest.mark.parametrize("num_experts", [0, 2])
+def test_statistics_survive_saving_and_loading(llava: ModelBundle, num_experts: int, tmp_path: Path) -> None:
+    if num_experts:
+        upcycle(llava.model, num_experts=num_experts, top_k=1)
+    save_bundle(llava, tmp_path / "model")
+    expected, found = llava.model.state_dict(), load_bundle(tmp_path / "model").model.state_dict()
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
 
 
 def test_a_llava_reads_every_place_of_the_picture(llava: ModelBundle, tmp_path: Path) -> None:

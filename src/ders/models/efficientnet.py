@@ -120,8 +120,9 @@ class EfficientNetLiteModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out")
-        elif isinstance(module, nn.BatchNorm2d):
-            module.reset_parameters()
+        else:
+            # transformers' own knows which statistics came from a file and must stay.
+            super()._init_weights(module)
 
 
 def published_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
