@@ -1,6 +1,7 @@
 """The train command, in smoke form."""
 
 import csv
+import gc
 import json
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning
 import pytest
 import torch
 import yaml
@@ -16,10 +18,12 @@ from conftest import ROOT, SMALL, SMALL_DATA
 
 import ders
 from ders.cli.app import UserError
+from ders.cli.compressed import score_folder
 from ders.cli.train import main
 from ders.models.bundle import load_bundle
 from ders.moe import moe_layers
 from ders.reporting.figures import read_metrics
+from ders.training.modules import LanguageModule
 
 
 def record_of(folder: Path) -> dict[str, Any]:
@@ -64,6 +68,21 @@ def test_what_trains_is_what_moves(run_job: Callable[..., Path], outputs: Path) 
         m for layer in moe_layers(load_bundle(folder / "model").model).values() for m in layer.experts.deltas.values()
     ]
     assert all(delta.values_EN.abs().sum() > 0 for delta in deltas)
+
+
+def test_nothing_of_training_is_in_memory_while_its_model_is_scored(
+    run_job: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[Any] = []
+
+    def scoring(*arguments: Any) -> Any:
+        kinds = (LanguageModule, torch.optim.Optimizer, lightning.Trainer)
+        alive.append([type(thing) for thing in gc.get_objects() if issubclass(type(thing), kinds)])
+        return score_folder(*arguments)
+
+    monkeypatch.setattr("ders.cli.train.score_folder", scoring)
+    run_job("method=dense", "seed=3")
+    assert alive == [[]]
 
 
 def test_one_parent_serves_all_methods_and_seeds(run_job: Callable[..., Path], outputs: Path) -> None:

@@ -61,6 +61,7 @@ def test_a_signal_saves_and_stops(signum: int, run_job: Callable[..., Path], out
     assert last < 30
     folder = run_job(*dials, "ckpt_path=last")
     assert folder == record.parent
+    assert [signal.getsignal(number) for number in processes.STOPPING] == handlers  # after a whole training, too
     ended = (folder / "model" / "model.safetensors").read_bytes()
     losses = read_metrics(folder / "metrics.csv")["train/loss"]
     folder.rename(tmp_path / "continued")

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import logging
 import os
 import sys
@@ -161,14 +162,39 @@ def _train_and_score(
     prepared = source.prepare(cache)
     results["data_hash"] = prepared.data_hash
     parent = parent_folder(config, source, prepared, cache)
+    stage: Stage = instantiate(config.stage.moe).sized(prepared)
 
     started = time.perf_counter()
     reset_peak()
+    with _loggers(config, plain, folder, checkpoint) as loggers:
+        step, device = _train(config, plain, folder, checkpoint, stage, (source, prepared, parent), loggers, results)
+        if device is not None:
+            # Trainer and model know each other: without this they, gradients and moments would outlive the scoring.
+            gc.collect()
+            _publish(config.export, folder)
+            results["stored_bytes"] = stored_bytes(folder / "model")
+            results["metrics"] = score_folder(folder, source, prepared, device) | parent_scores(parent)
+            draw_run(folder)
+            report(loggers, folder, results["metrics"], step - 1)
+            results["wall_seconds"] = round(time.perf_counter() - started, 2)
+    return step, stage.steps
+
+
+def _train(
+    config: DictConfig,
+    plain: dict[str, Any],
+    folder: Path,
+    checkpoint: Saved | None,
+    stage: Stage,
+    made_from: tuple[DataSource, PreparedData, Path],
+    loggers: list[ForgivingLogger],
+    results: dict[str, Any],
+) -> tuple[int, torch.device | None]:
+    """The step reached, and where the first process of the training had its model; None in the others."""
+    source, prepared, parent = made_from
     seed_everything(config.seed)
     bundle = outline_bundle(parent)
     log.info("%s", upcycle_by_config(bundle.model, config) or "dense control: no FFN is replaced")
-
-    stage: Stage = instantiate(config.stage.moe).sized(prepared)
     module = stage.module(
         bundle,
         source,
@@ -179,33 +205,26 @@ def _train_and_score(
         skip_spikes=config.skip_spikes,
     )
     results.update(vars(count_parameters(bundle.model)))
-    with _loggers(config, plain, folder, checkpoint) as loggers:
-        trainer = fit(
-            stage,
-            module,
-            stage.data(bundle, source, prepared),
-            trainer_factory(config),
-            label=config.method.name,
-            folder=folder,
-            seed=config.seed,
-            loggers=loggers,
-            max_steps=config.trainer.max_steps,
-            resume=checkpoint,
-            provenance=_provenance(config, source, prepared, parent) if is_first_process() else None,
-            keep_last=config.keep_checkpoints,
-            callbacks=method_callbacks(config),
-        )
-        if trainer.is_global_zero:
-            results["peak_gib"] = peak_gib()  # of the training: what is loaded to score it comes later
-            device = trainer.strategy.root_device
-            _wait_for_children(trainer)
-            _publish(config.export, folder)
-            results["stored_bytes"] = stored_bytes(folder / "model")
-            results["metrics"] = score_folder(folder, source, prepared, device) | parent_scores(parent)
-            draw_run(folder)
-            report(loggers, folder, results["metrics"], trainer.global_step - 1)
-            results["wall_seconds"] = round(time.perf_counter() - started, 2)
-    return trainer.global_step, stage.steps
+    trainer = fit(
+        stage,
+        module,
+        stage.data(bundle, source, prepared),
+        trainer_factory(config),
+        label=config.method.name,
+        folder=folder,
+        seed=config.seed,
+        loggers=loggers,
+        max_steps=config.trainer.max_steps,
+        resume=checkpoint,
+        provenance=_provenance(config, source, prepared, parent) if is_first_process() else None,
+        keep_last=config.keep_checkpoints,
+        callbacks=method_callbacks(config),
+    )
+    if not trainer.is_global_zero:
+        return trainer.global_step, None
+    results["peak_gib"] = peak_gib()  # of the training: what is loaded to score it comes later
+    _wait_for_children(trainer)
+    return trainer.global_step, trainer.strategy.root_device
 
 
 def _publish(which: str, folder: Path) -> None:

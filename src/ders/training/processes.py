@@ -73,12 +73,14 @@ class StopOnSignal(Callback):
     """
 
     def __init__(self, checkpoints: Checkpoints | None) -> None:
-        self.checkpoints, self.received, self.handlers = checkpoints, 0, {}
+        self.checkpoints, self.received = checkpoints, 0
 
     def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
-        # Lightning has put its own in place by now: they would end the job, or broadcast from within a handler.
+        # Lightning has put its own in place by now: they would end the job, or broadcast from within a handler. When
+        # its trainer ends, in whatever way, it puts back what was there before both.
         if threading.current_thread() is threading.main_thread():
-            self.handlers = {signum: signal.signal(signum, self._receive) for signum in STOPPING}
+            for signum in STOPPING:
+                signal.signal(signum, self._receive)
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         if self.received:
@@ -101,17 +103,6 @@ class StopOnSignal(Callback):
             f"{signal.Signals(signum).name} stopped training after step {trainer.global_step} of {trainer.max_steps}; "
             "continue with ckpt_path=last",
         )
-
-    def teardown(self, trainer: lightning.Trainer, module: Any, stage: str) -> None:
-        self._restore()
-
-    def on_exception(self, trainer: lightning.Trainer, module: Any, exception: BaseException) -> None:
-        self._restore()
-
-    def _restore(self) -> None:
-        for signum, handler in self.handlers.items():
-            signal.signal(signum, handler)
-        self.handlers = {}
 
 
 @contextlib.contextmanager
