@@ -3,6 +3,7 @@
 import csv
 import gc
 import json
+import pydoc
 import shutil
 import subprocess
 import sys
@@ -18,9 +19,8 @@ from conftest import ROOT, SMALL, SMALL_DATA
 
 import ders
 from ders.cli.app import UserError
-from ders.cli.compressed import score_folder
 from ders.cli.train import main
-from ders.models.bundle import load_bundle
+from ders.models.bundle import ModelBundle, load_bundle
 from ders.moe import moe_layers
 from ders.reporting.figures import read_metrics
 from ders.training.modules import LanguageModule
@@ -70,18 +70,22 @@ def test_what_trains_is_what_moves(run_job: Callable[..., Path], outputs: Path) 
     assert all(delta.values_EN.abs().sum() > 0 for delta in deltas)
 
 
-def test_nothing_of_training_is_in_memory_while_its_model_is_scored(
-    run_job: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("scored", ["ders.cli.parents.score", "ders.cli.train.score_folder"])
+def test_nothing_of_training_is_in_memory_while_a_model_is_scored(
+    scored: str, run_job: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    score = pydoc.locate(scored)
     alive: list[Any] = []
 
     def scoring(*arguments: Any) -> Any:
         kinds = (LanguageModule, torch.optim.Optimizer, lightning.Trainer)
         alive.append([type(thing) for thing in gc.get_objects() if issubclass(type(thing), kinds)])
-        return score_folder(*arguments)
+        if isinstance(arguments[0], ModelBundle):
+            assert all(p.grad is None for p in arguments[0].model.parameters())
+        return score(*arguments)
 
-    monkeypatch.setattr("ders.cli.train.score_folder", scoring)
-    run_job("method=dense", "seed=3")
+    monkeypatch.setattr(scored, scoring)
+    run_job("method=dense", f"parent_seed={len(scored)}")
     assert alive == [[]]
 
 

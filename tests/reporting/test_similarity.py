@@ -26,7 +26,9 @@ def test_a_line_per_rate_and_length() -> None:
     dropped = copy.deepcopy(kept)
     dropped.popitem()
     text = similarity_markdown(rows_of(records), kept, "Title", "python x")
-    lines = [line for line in text.splitlines() if line.startswith("| ")][2:]
+    table = [line for line in text.splitlines() if line.startswith("| ")]
+    assert len({line.count(" | ") for line in table}) == 1
+    lines = table[2:]
     assert [line.split(" | ")[:2] for line in lines] == [["| 0.0001", "9"], ["| 0.0001", "50"], ["| 0.001", "50"]]
     # Over both seeds: the largest distances, the largest delta, the mean loss.
     assert lines[2] == "| 0.001 | 50 | 1.1e-01 | 2.0e-01 | 7.8e-02 | 35.00 | 1.6000 ± 0.1414 | 2 |"

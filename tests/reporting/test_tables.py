@@ -78,6 +78,8 @@ def test_figure(dial: str | None, loss: bool, tmp_path: Path, monkeypatch: pytes
     seeds = [value for line in axis.lines if line.get_marker() == "o" for value in line.get_xdata()]
     told = [one["metrics"]["test/loss" if loss else "test/accuracy"]["value"] * (1 if loss else 100) for one in records]
     assert sorted(seeds) == pytest.approx(sorted(told))
+    left, right = axis.get_xlim()
+    assert right - left >= (0.02 if loss else 2.0) - 1e-9
 
 
 def test_many_layers_stand_in_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

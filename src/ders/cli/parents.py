@@ -1,5 +1,6 @@
 """The dense parent of a run: a given folder, or the tiny one, trained on first need and kept."""
 
+import gc
 import json
 import logging
 import time
@@ -16,7 +17,7 @@ from ders.cli.instantiation import instantiate
 from ders.data import DataSource, PreparedData
 from ders.data.source import building
 from ders.evaluation.scoring import score
-from ders.models.bundle import save_bundle
+from ders.models.bundle import ModelBundle, save_bundle
 from ders.reporting.identity import digest
 from ders.training import Stage
 from ders.training.fit import fit, seed_everything
@@ -69,6 +70,34 @@ def _train_parent(
             prepared.split(stage.split)  # read and checked before the first stage has cost anything
     seed_everything(config.parent_seed)
     bundle = instantiate(config.model).build(prepared.texts())
+    device = _train_stages(config, source, prepared, recipe, stages, bundle, folder)
+    # What only training needed: it would lie beside all that scoring takes.
+    bundle.model.zero_grad()
+    gc.collect()
+    save_bundle(bundle, folder / "model")
+    for item in (folder / "model").iterdir():
+        item.rename(folder / item.name)
+    (folder / "model").rmdir()
+    bundle.model.to(device)
+    metrics = score(bundle, source, prepared, "test", "parent").metrics if "test" in prepared.files else {}
+    seconds = time.perf_counter() - started
+    (folder / "parent.json").write_text(
+        json.dumps({"recipe": recipe, "metrics": metrics, "wall_seconds": seconds}, indent=1)
+    )
+    accuracy = metrics.get("parent/accuracy", {}).get("value")
+    log.info("dense parent ready in %.0f s, test accuracy %s", seconds, accuracy)
+
+
+def _train_stages(
+    config: DictConfig,
+    source: DataSource,
+    prepared: PreparedData,
+    recipe: dict[str, Any],
+    stages: dict[str, Any],
+    bundle: ModelBundle,
+    folder: Path,
+) -> torch.device:
+    """Train what is not skipped, in place; returns where the model then is."""
     make_trainer = parent_trainer_factory(config)
     device = torch.device("cpu")
     for name in STAGES:
@@ -85,15 +114,4 @@ def _train_parent(
         device = trainer.strategy.root_device
         if trainer.global_step != stage.steps:
             raise RuntimeError(f"stage {name} of the parent stopped at step {trainer.global_step}: nothing is kept")
-    save_bundle(bundle, folder / "model")
-    for item in (folder / "model").iterdir():
-        item.rename(folder / item.name)
-    (folder / "model").rmdir()
-    bundle.model.to(device)
-    metrics = score(bundle, source, prepared, "test", "parent").metrics if "test" in prepared.files else {}
-    seconds = time.perf_counter() - started
-    (folder / "parent.json").write_text(
-        json.dumps({"recipe": recipe, "metrics": metrics, "wall_seconds": seconds}, indent=1)
-    )
-    accuracy = metrics.get("parent/accuracy", {}).get("value")
-    log.info("dense parent ready in %.0f s, test accuracy %s", seconds, accuracy)
+    return device

@@ -1,5 +1,6 @@
 """What a byte buys: tables and figures of scores against the size of what is stored."""
 
+import textwrap
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean
@@ -107,7 +108,7 @@ def draw_against_bytes(rows: list[Row], title: str, file: Path) -> Path:
         axis.set_yscale("symlog", linthresh=score.fine, linscale=2)
         axis.yaxis.set_major_formatter("{x:g}")
         axis.set(xlabel="stored experts (shared base and deltas), MiB", ylabel=score.gain)
-        axis.set_title(title)
+        figure.suptitle(textwrap.fill(title, 72), fontsize="large")
         axis.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
         return save(figure, file)
 

@@ -3,6 +3,7 @@
 import csv
 import math
 import re
+import textwrap
 from collections import defaultdict
 from pathlib import Path
 
@@ -107,7 +108,12 @@ def draw_claim(rows: list[Row], dial: str | None, title: str, file: Path) -> Pat
             if key in first:
                 axis.plot([], [], " ", label=f"{label}: {score.factor * first[key]['value']:.4g}")
         axis.set_yticks(range(len(rows)), [str(row.dials.get(dial, row.label)) if dial else row.label for row in rows])
-        axis.set(xlabel=score.axis, ylabel=dial or "", title=title, ylim=(len(rows) - 0.5, -0.5))
+        axis.set(xlabel=score.axis, ylabel=dial or "", ylim=(len(rows) - 0.5, -0.5))
+        figure.suptitle(textwrap.fill(title, 64), fontsize="large")
         axis.margins(x=0.1)
+        # Closer together than this, differences are a few questions: they must not look large.
+        left, right = axis.get_xlim()
+        missing = max(0.0, 2 * score.fine - (right - left))
+        axis.set_xlim(left - missing / 2, right + missing / 2)
         figure.legend(frameon=False, fontsize="small", loc="outside lower center", ncols=2)
         return save(figure, file)

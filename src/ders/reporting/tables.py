@@ -115,7 +115,7 @@ class Score:
         axis: name of an axis of such scores.
         gain: name of an axis of differences to the vanilla run; upwards is better.
         sign: −1 where less is better.
-        fine: differences up to here are what one wants to see, in the unit shown.
+        fine: differences up to here are what one wants to see, and not less, in the unit shown.
     """
 
     metric: str
