@@ -17,12 +17,7 @@ def similarity_markdown(rows: list[Row], kept: dict[str, Any], title: str, comma
     records = [record for row in rows for record in row.records]
     score = score_of(records).metric
     # Distances: cosines this near to 1 would all print alike.
-    away = [
-        "1 − cosine to the FFN, largest",
-        "between experts, largest",
-        "to the FFN, mean",
-        "largest delta, % of base",
-    ]
+    away = ["1 − cosine to the FFN, largest", "between experts, largest", "to the FFN, mean"]
     header = ["learning rate", "steps", *away, "largest delta, % of base", score, "seeds"]
     lines = [header, ["---:"] * len(header)]
     for row in sorted(rows, key=_trained):
