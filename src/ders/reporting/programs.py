@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ders.reporting.tables import pipes
+from ders.reporting.tables import mib, pipes
 
 
 def programs_markdown(records: dict[str, dict[str, Any]]) -> str:
@@ -19,7 +19,7 @@ def programs_markdown(records: dict[str, dict[str, Any]]) -> str:
         found = record["result"]
         low, high = 100 * found["pass@1_low"], 100 * found["pass@1_high"]
         counts = [f"{found['num_passed']} of {found['num_problems']}", str(found["num_timed_out"])]
-        size = f"{found['stored_bytes'] / 2**20:.2f} MiB"
+        size = mib(found["stored_bytes"])
         lines.append([name, f"{100 * found['pass@1']:.1f}", f"{low:.1f} to {high:.1f}", *counts, size, found["dtype"]])
     how = f"greedy, prompt as {first['prompt']}, at most {first['max_new_tokens']} new tokens"
     return f"**{first['evaluation']}**, {how}; commit {', '.join(commits)}.\n\n{pipes(lines)}\n"
