@@ -9,6 +9,7 @@ from ders.compression import compress, compress_folder
 from ders.deltas import (
     Delta,
     LowRankByLayerDelta,
+    LowRankByLoadDelta,
     LowRankDelta,
     NeuronDelta,
     QuantizedDelta,
@@ -24,6 +25,7 @@ from ders.models.registration import register
 from ders.moe import NoisyMLPRouter, Router, TopKRouter, set_execution
 from ders.upcycling import certify, save_routers, set_trainable, upcycle
 from ders.upcycling.adapters import adapters, remove_adapter, set_adapter
+from ders.upcycling.loads import allot_by_load
 from ders.upcycling.positions import choose_by_fisher
 
 __version__ = "0.1.0"
@@ -34,6 +36,7 @@ efficientnet.register()
 __all__ = [
     "Delta",
     "LowRankByLayerDelta",
+    "LowRankByLoadDelta",
     "LowRankDelta",
     "NeuronDelta",
     "NoisyMLPRouter",
@@ -45,6 +48,7 @@ __all__ = [
     "TopKRouter",
     "ZeroDelta",
     "adapters",
+    "allot_by_load",
     "certify",
     "choose_by_fisher",
     "compress",

@@ -6,16 +6,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ders.deltas import Delta, LowRankDelta, SparseDelta, ZeroDelta
+from ders.deltas import Delta, LowRankByLoadDelta, LowRankDelta, SparseDelta, ZeroDelta
 from ders.kernels import ACTIVATIONS, can_mix, mix, mix_experts, mix_experts_oracle, name_activation
 from ders.kernels.native import library
 
 native = pytest.mark.skipif(library.library() is None, reason="no C++ compiler here")
+
+
+def uneven(*shape: int, seed: int) -> Delta:
+    delta = LowRankByLoadDelta(*shape, rank=3, seed=seed)
+    delta.allot_(torch.tensor([5, 1, 0]))
+    return delta
+
+
 KINDS: dict[str, Callable[..., Delta]] = {
     "sparse": functools.partial(SparseDelta, sparsity=0.7),
     "thin": functools.partial(SparseDelta, sparsity=0.98),
     "low_rank": functools.partial(LowRankDelta, rank=3),
     "rank_1": functools.partial(LowRankDelta, rank=1),
+    "uneven": uneven,
     "none": ZeroDelta,
 }
 # Input projections by their columns (in hidden widths), and whether the first half or projection gates the other.

@@ -8,6 +8,7 @@ import pkgutil
 
 from ders.deltas.base import Delta, Place
 from ders.deltas.by_layer import LowRankByLayerDelta
+from ders.deltas.by_load import LowRankByLoadDelta
 from ders.deltas.low_rank import LowRankDelta
 from ders.deltas.neurons import NeuronDelta
 from ders.deltas.quantized import QuantizedDelta
@@ -22,6 +23,7 @@ for _module in pkgutil.iter_modules(__path__):
 __all__ = [
     "Delta",
     "LowRankByLayerDelta",
+    "LowRankByLoadDelta",
     "LowRankDelta",
     "NeuronDelta",
     "Place",

@@ -45,6 +45,8 @@ class Delta(nn.Module):
     """
 
     known: ClassVar[dict[str, type["Delta"]]] = {}
+    # The buffer that is decided while a stage runs, where there is one: a checkpoint needs it besides the weights.
+    decided: str | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

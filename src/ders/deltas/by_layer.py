@@ -44,8 +44,13 @@ def ranks_by_layer(rank: int, tilt: float, num_layers: int) -> list[int]:
     if num_layers == 1:
         return [rank]
     shares = [1 + (rank - 1) * (1 + tilt * (2 * layer / (num_layers - 1) - 1)) for layer in range(num_layers)]
-    ranks = [math.floor(share) for share in shares]
-    by_remainder = sorted(range(num_layers), key=lambda layer: shares[layer] - ranks[layer], reverse=True)
-    for layer in by_remainder[: rank * num_layers - sum(ranks)]:
-        ranks[layer] += 1
-    return ranks
+    return largest_remainders(shares)
+
+
+def largest_remainders(shares: list[float]) -> list[int]:
+    """Shares that sum to a whole number, as whole numbers with the same sum, each within one of its share."""
+    counts = [math.floor(share) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda i: shares[i] - counts[i], reverse=True)
+    for i in by_remainder[: round(sum(shares)) - sum(counts)]:
+        counts[i] += 1
+    return counts

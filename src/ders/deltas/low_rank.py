@@ -35,11 +35,7 @@ class LowRankDelta(Delta):
         self.rank = rank
         self.a_ERI = nn.Parameter(torch.empty(num_experts, rank, in_features))
         self.b_EOR = nn.Parameter(torch.zeros(num_experts, out_features, rank))
-        if not self.a_ERI.is_meta:
-            generator = torch.Generator("cpu").manual_seed(seed)  # the same factors on every device
-            bound = 1 / math.sqrt(in_features)  # what Kaiming-uniform with a = √5 comes to
-            drawn = torch.empty(self.a_ERI.shape, device="cpu").uniform_(-bound, bound, generator=generator)
-            self.a_ERI.data.copy_(drawn)
+        draw_factor_(self.a_ERI, seed)
 
     def dense(self, expert: int) -> Tensor:
         return self.b_EOR[expert] @ self.a_ERI[expert]
@@ -56,20 +52,35 @@ class LowRankDelta(Delta):
 
     @torch.no_grad()
     def fit_expert_(self, expert: int, delta_OI: Tensor) -> None:
-        """The best factors of this rank in the Frobenius norm (Eckart–Young), from the smaller Gram matrix in float64.
-
-        Squaring loses singular values below 1e-8 of the largest, which add nothing to the error; it costs a fifth of a
-        full SVD.
-        """
-        wide = delta_OI.double() if self.out_features <= self.in_features else delta_OI.double().T
-        leading_MR = torch.linalg.eigh(wide @ wide.T).eigenvectors[:, -self.rank :].flip(1)
-        # U (Uᵀ Δ): the projection on the leading singular vectors, its scale shared evenly between the factors.
-        projected_RN = leading_MR.T @ wide
-        root_R = projected_RN.norm(dim=1).sqrt().clamp(min=1e-150)
-        left, right = leading_MR * root_R, projected_RN / root_R[:, None]
-        b_OR, a_RI = (left, right) if self.out_features <= self.in_features else (right.T, left.T)
-        self.b_EOR[expert] = b_OR.to(self.b_EOR.dtype)
+        """The best factors of this rank: see `best_factors`."""
+        a_RI, b_OR = best_factors(delta_OI, self.rank)
         self.a_ERI[expert] = a_RI.to(self.a_ERI.dtype)
+        self.b_EOR[expert] = b_OR.to(self.b_EOR.dtype)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}"
+
+
+@torch.no_grad()
+def draw_factor_(a: Tensor, seed: int) -> None:
+    """Kaiming-uniform with a = √5 (…, I), by the seed alone; on the meta device nothing is drawn."""
+    if not a.is_meta:
+        generator = torch.Generator("cpu").manual_seed(seed)  # the same factors on every device
+        bound = 1 / math.sqrt(a.shape[-1])  # what it comes to
+        a.copy_(torch.empty(a.shape, device="cpu").uniform_(-bound, bound, generator=generator))
+
+
+def best_factors(delta_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The factors A (R, I) and B (O, R) whose product is closest in the Frobenius norm (Eckart–Young), in float64.
+
+    From the smaller Gram matrix: squaring loses singular values below 1e-8 of the largest, which add nothing to the
+    error; it costs a fifth of a full SVD.
+    """
+    tall = delta_OI.shape[0] > delta_OI.shape[1]
+    wide = delta_OI.double().T if tall else delta_OI.double()
+    leading_MR = torch.linalg.eigh(wide @ wide.T).eigenvectors[:, -rank:].flip(1)
+    # U (Uᵀ Δ): the projection on the leading singular vectors, its scale shared evenly between the factors.
+    projected_RN = leading_MR.T @ wide
+    root_R = projected_RN.norm(dim=1).sqrt().clamp(min=1e-150)
+    left, right = leading_MR * root_R, projected_RN / root_R[:, None]
+    return (left.T, right.T) if tall else (right, left)

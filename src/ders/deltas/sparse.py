@@ -87,6 +87,7 @@ class SparseDelta(Delta):
         else:
             support = torch.zeros(num_experts, positions_size(self.num_kept, self.size), dtype=torch.uint8)
             self.register_buffer("support_EB", support)
+            self.decided = "support_EB"
         # Derived on first use, so that loading a file costs no memory beyond the file's.
         self.register_buffer("columns_EN", None, persistent=False)
         self.register_buffer("row_starts_EP", None, persistent=False)

@@ -1,27 +1,30 @@
-"""Methods that choose or move the positions of sparse deltas while a stage runs."""
+"""Methods that decide where deltas lie, or how large they are, while a stage runs."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
+from torch import Tensor, nn
 
-from ders.deltas import RegrownSparseDelta, SparseDelta
+from ders.deltas import Delta, RegrownSparseDelta
 from ders.deltas.regrown import rearranged
 from ders.kernels import from_first, stable_hash
+from ders.moe import take_routings
 from ders.training.batches import StepBatches
 from ders.training.callbacks import has_stepped
 from ders.training.strategies import state_format
+from ders.upcycling.loads import allot_by_load
 from ders.upcycling.positions import choose_by_fisher, expert_gradients, regrown_deltas
 
 _STATE = "ders_supports"
 GROWTHS = ("gradient", "random")
 
 
-class StoredPositions(Callback):
-    """Keeps the positions that deltas store in every checkpoint, where Lightning has the weights that train alone.
+class StoredDecisions(Callback):
+    """Keeps what deltas decide in training in every checkpoint, where Lightning has the weights that train alone.
 
     Raises:
         ValueError: optimizer states or weights are divided among processes.
@@ -31,22 +34,27 @@ class StoredPositions(Callback):
         state = state_format(trainer.strategy)
         if state != "whole":
             raise ValueError(
-                f"this method chooses positions where each process has all weights and optimizer states, and under "
+                f"this method makes choices where each process has all weights and optimizer states, and under "
                 f"{state} they are divided: use trainer=cpu, gpu or ddp"
             )
 
     def on_save_checkpoint(self, trainer: lightning.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
-        checkpoint[_STATE] = {name: delta.support_EB.clone() for name, delta in _stored(module).items()}
+        checkpoint[_STATE] = {name: _decided(delta).clone() for name, delta in _deciding(module).items()}
 
     def on_load_checkpoint(self, trainer: lightning.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
-        for name, delta in _stored(module).items():
-            delta.support_EB.copy_(checkpoint[_STATE][name])
+        for name, delta in _deciding(module).items():
+            _decided(delta).copy_(checkpoint[_STATE][name])
             delta.restore_()
 
 
-def _stored(module: Any) -> dict[str, SparseDelta]:
-    found = {name: part for name, part in module.model.named_modules() if isinstance(part, SparseDelta)}
-    return {name: delta for name, delta in found.items() if delta.selection != "random"}
+def _deciding(module: Any) -> dict[str, Delta]:
+    found = {name: part for name, part in module.model.named_modules() if isinstance(part, Delta)}
+    return {name: delta for name, delta in found.items() if delta.decided}
+
+
+def _decided(delta: Delta) -> Tensor:
+    assert delta.decided is not None
+    return delta.get_buffer(delta.decided)
 
 
 def _loss_of_rows(trainer: lightning.Trainer, module: Any, rows: list[int]) -> Tensor:
@@ -56,17 +64,16 @@ def _loss_of_rows(trainer: lightning.Trainer, module: Any, rows: list[int]) -> T
     batch = trainer.strategy.batch_to_device(data.collate([data.train[row] for row in rows]))
     with trainer.precision_plugin.forward_context():
         loss: Tensor = module.answer_loss(batch)
-    module.on_after_backward()  # lets go of the routings
     return loss
 
 
-class FisherPositions(StoredPositions):
-    """Before the first step, gives deltas the positions to which the loss is most sensitive: see `choose_by_fisher`.
+class Calibrated(StoredDecisions):
+    """Decides once, before the first step, by rows of the training split: the first ones that training will meet.
 
-    Costs a forward and backward pass of each row alone, on every process.
+    Every process runs all of them, one by one.
 
     Args:
-        calibration_rows: rows of the training split, the first ones that training will meet.
+        calibration_rows: how many.
 
     Raises:
         ValueError: calibration_rows is out of range.
@@ -77,18 +84,40 @@ class FisherPositions(StoredPositions):
             raise ValueError(f"calibration_rows must be a whole number from 1 on: got {calibration_rows!r}")
         self.calibration_rows = calibration_rows
 
+    def decide(self, model: nn.Module, loss_of: Callable[[int], Tensor], rows: list[int]) -> None:
+        """Change the model's deltas by what the loss of single rows, or the routing on the way to it, says."""
+        raise NotImplementedError
+
     def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
         if trainer.global_step:
-            return  # they came with the checkpoint
+            return  # it came with the checkpoint
         data = trainer.datamodule  # type: ignore[attr-defined]
         rows = StepBatches(len(data.data.train), self.calibration_rows, 1, seed=data.seed).rows_of_step(0)
-        choose_by_fisher(module.model, lambda row: _loss_of_rows(trainer, module, [row]), rows.tolist())
-        for delta in _stored(module).values():
-            from_first(delta.support_EB)
+        self.decide(module.model, lambda row: _loss_of_rows(trainer, module, [row]), rows.tolist())
+        take_routings(module.model)
+        for delta in _deciding(module).values():
+            from_first(_decided(delta))
             delta.restore_()
 
 
-class RegrowPositions(StoredPositions):
+class FisherPositions(Calibrated):
+    """Gives deltas the positions to which the loss is most sensitive: see `choose_by_fisher`.
+
+    Costs a forward and backward pass of each row.
+    """
+
+    def decide(self, model: nn.Module, loss_of: Callable[[int], Tensor], rows: list[int]) -> None:
+        choose_by_fisher(model, loss_of, rows)
+
+
+class RanksByLoad(Calibrated):
+    """Gives experts ranks by the tokens that they serve: see `allot_by_load`. Costs a forward pass of each row."""
+
+    def decide(self, model: nn.Module, loss_of: Callable[[int], Tensor], rows: list[int]) -> None:
+        allot_by_load(model, loss_of, rows)
+
+
+class RegrowPositions(StoredDecisions):
     """Every few steps drops the smallest values of every expert and grows others from zero (RigL, arXiv 1911.11134).
 
     The fraction that is exchanged falls along a half cosine and is zero from `until` of the stage on; the optimizer
@@ -143,7 +172,8 @@ class RegrowPositions(StoredPositions):
 
     def _gradients(self, trainer: lightning.Trainer, module: Any, batch_idx: int) -> Any:
         rows = trainer.datamodule.rows_of(batch_idx)[: self.num_rows]  # type: ignore[attr-defined]
-        return expert_gradients(module.model, lambda: _loss_of_rows(trainer, module, rows))
+        yield from expert_gradients(module.model, lambda: _loss_of_rows(trainer, module, rows))
+        take_routings(module.model)
 
     def _random(self, module: Any, step: int) -> Any:
         for number, delta in enumerate(regrown_deltas(module.model)):
