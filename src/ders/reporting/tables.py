@@ -181,7 +181,9 @@ def markdown(rows: list[Row], title: str, command: str) -> str:
             ]
             before = records[0]["metrics"].get(metric.replace("accuracy", "loss"), {}).get("value", math.nan)
             told = [nats(before if metric == "parent/accuracy" else math.nan) for _ in loss]
-            lines.append([f"*{label}*", "", "", "", *told, percent(values[0]), *by_kind, ""])
+            # Parents that were trained on other machines can differ, and then so do the rows for that alone.
+            others = f"; {len(set(values))} different ones, here the first" if len(set(values)) > 1 else ""
+            lines.append([f"*{label}{others}*", "", "", "", *told, percent(values[0]), *by_kind, ""])
     return f"{caption(records, title, command)}\n\n{pipes(lines)}\n"
 
 
