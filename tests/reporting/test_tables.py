@@ -54,9 +54,31 @@ def test_table_has_the_controls_beside_the_scores() -> None:
     lines = table.splitlines()
     assert "3000 questions" in lines[0]
     assert "commit cccccccccc" in lines[1]
-    assert "| ders_sm sparsity 0.99 | 1,192 | 812,456 | 1.00 MiB | 75.0 ± 7.1 | 37.5 ± 3.5 | 2 |" in lines
+    assert "| ders_sm sparsity 0.99 | 1,192 | 812,456 | 1.00 MiB | 75.0 ± 7.1 | +0.00 | 37.5 ± 3.5 | 2 |" in lines
+    assert "less dense, points" in lines[3]
+    assert len({line.count("|") for line in lines[3:]}) == 1
     assert any(line.startswith("| *question-only prior* |") and " 36.4 |" in line for line in lines)
     assert any(line.startswith("| *dense parent, before this stage* |") and " 70.0 |" in line for line in lines)
+
+
+def test_scores_are_compared_with_the_control_of_their_seed() -> None:
+    records = [*RECORDS, record("dense", 1, 0.79)]
+    lines = markdown(rows_of(records), "A claim", "x").splitlines()
+    assert any(" | 75.0 ± 7.1 | +0.50 ± 0.71 | " in line for line in lines)
+    loss = [{**r, "metrics": {**r["metrics"], "test/loss": {"value": 2 - r["seed"], "count": 9}}} for r in records]
+    lines = markdown(rows_of(loss), "A claim", "x").splitlines()
+    assert any(" | 1.5000 ± 0.7071 | +0.0000 ± 0.0000 | 75.0 ± 7.1 | " in line for line in lines)
+    assert len({line.count("|") for line in lines[3:]}) == 1
+    alone = markdown(rows_of(records[1:4]), "A claim", "x")
+    assert "less dense" not in alone
+
+
+def test_parents_that_differ_are_told() -> None:
+    other = record("vanilla", 0, 0.7)
+    other["metrics"]["parent/accuracy"]["value"] = 0.6
+    table = markdown(rows_of([*RECORDS, other]), "A claim", "x")
+    assert "| *dense parent, before this stage; 2 different ones, here the first* |" in table
+    assert "different ones" not in markdown(rows_of(RECORDS), "A claim", "x")
 
 
 def test_percent() -> None:
@@ -76,7 +98,9 @@ def test_figure(dial: str | None, loss: bool, tmp_path: Path, monkeypatch: pytes
     labels = [label.get_text() for label in axis.get_yticklabels()]
     assert labels == [str(row.dials.get(dial, row.label)) if dial else row.label for row in rows]
     seeds = [value for line in axis.lines if line.get_marker() == "o" for value in line.get_xdata()]
-    told = [one["metrics"]["test/loss" if loss else "test/accuracy"]["value"] * (1 if loss else 100) for one in records]
+    # Less the control's of seed 0, the only one it has; the row of two seeds keeps one.
+    paired = [one["metrics"]["test/accuracy"]["value"] for one in records if one["seed"] == 0]
+    told = [0.0 for _ in paired] if loss else [100 * value - 70 for value in paired]
     assert sorted(seeds) == pytest.approx(sorted(told))
     left, right = axis.get_xlim()
     assert right - left >= (0.02 if loss else 2.0) - 1e-9

@@ -11,8 +11,18 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from ders.reporting.figures import STYLE, save
-from ders.reporting.paper import spread
-from ders.reporting.tables import Row, caption, mib, nats, percent, pipes, score_of, scored_by_likelihood
+from ders.reporting.tables import (
+    Row,
+    caption,
+    difference,
+    mib,
+    nats,
+    percent,
+    pipes,
+    score_of,
+    scored_by_likelihood,
+    spread,
+)
 
 
 def compression_markdown(rows: list[Row], title: str, command: str) -> str:
@@ -27,7 +37,7 @@ def compression_markdown(rows: list[Row], title: str, command: str) -> str:
     lines = [header, ["---", *["---:"] * (len(header) - 1)]]
     for row in rows:
         first = row.records[0]
-        own = [nats(row.mean("test/loss"), row.spread("test/loss")), _difference(paired(row, "loss"), 4)]
+        own = [nats(row.mean("test/loss"), row.spread("test/loss")), difference(paired(row, "loss"), 4)]
         lines.append(
             [
                 row.label,
@@ -36,7 +46,7 @@ def compression_markdown(rows: list[Row], title: str, command: str) -> str:
                 mib(first["stored_bytes"]),
                 *(own if loss else []),
                 percent(row.mean("test/accuracy"), row.spread("test/accuracy")),
-                _difference([100 * value for value in paired(row)], 2),
+                difference([100 * value for value in paired(row)], 2),
                 str(len(row.records)),
             ]
         )
@@ -111,13 +121,6 @@ def draw_against_bytes(rows: list[Row], title: str, file: Path) -> Path:
         figure.suptitle(textwrap.fill(title, 72), fontsize="large")
         axis.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
         return save(figure, file)
-
-
-def _difference(values: list[float], digits: int) -> str:
-    """`-0.24 ± 0.38`; a single seed has no spread, and a row that is no compression nothing."""
-    if not values:
-        return ""
-    return f"{mean(values):+.{digits}f}" + (f" ± {spread(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def _scheme(row: Row) -> str:

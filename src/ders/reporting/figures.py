@@ -3,6 +3,7 @@
 import csv
 import math
 import re
+import statistics
 import textwrap
 from collections import defaultdict
 from pathlib import Path
@@ -12,7 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from ders.reporting.tables import Row, score_of
+from ders.reporting.tables import Row, has_control, less_dense, score_of
 
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
 # Layers beside each other.
@@ -84,22 +85,24 @@ def save(figure: plt.Figure, file: Path) -> Path:
 def draw_claim(rows: list[Row], dial: str | None, title: str, file: Path) -> Path:
     """The score of a claim's rows, a line each from above as in its table, every seed a dot.
 
-    The dense control is a line; the dense parent and the question-only prior, far off, are told in the legend.
+    Where the dense control is among them, scores are drawn less the control's of the same seed. Its own, the dense
+    parent's and the question-only prior are told in the legend.
     """
     score = score_of([record for row in rows for record in row.records])
-    metric = f"test/{score.metric}"
+    metric, compared = f"test/{score.metric}", has_control(rows)
+    values = less_dense(rows, metric) if compared else [row.scores(metric) for row in rows]
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(7, 1.7 + 0.36 * len(rows)), layout="constrained")
-        for place, row in enumerate(rows):
-            scores = [score.factor * value for value in row.scores(metric)]
+        for place, own in enumerate(values):
+            scores = [score.factor * value for value in own]
             beside = [place + 0.12 * (i - (len(scores) - 1) / 2) for i in range(len(scores))]
             axis.plot(scores, beside, "o", color="C0", alpha=0.6, zorder=3, label="a seed" if place == 0 else None)
-            mean = [score.factor * row.mean(metric)] * 2
-            axis.plot(mean, [place - 0.3, place + 0.3], color="C1", linewidth=2, label="mean" if place == 0 else None)
-        for row in rows:
-            if row.method == "dense":
-                control = score.factor * row.mean(metric)
-                axis.axvline(control, color="0.4", linestyle="--", linewidth=1, label="dense control")
+            if scores:
+                ends, label = [place - 0.3, place + 0.3], "mean" if place == 0 else None
+                axis.plot([statistics.mean(scores)] * 2, ends, color="C1", linewidth=2, label=label)
+        if compared:
+            control = score.factor * next(row.mean(metric) for row in rows if row.method == "dense")
+            axis.axvline(0, color="0.4", linestyle="--", linewidth=1, label=f"dense control: {control:.4g}")
         first = rows[0].records[0]["metrics"]
         told = {"dense parent, before this stage": f"parent/{score.metric}"}
         if score.metric == "accuracy":
@@ -108,7 +111,8 @@ def draw_claim(rows: list[Row], dial: str | None, title: str, file: Path) -> Pat
             if key in first:
                 axis.plot([], [], " ", label=f"{label}: {score.factor * first[key]['value']:.4g}")
         axis.set_yticks(range(len(rows)), [str(row.dials.get(dial, row.label)) if dial else row.label for row in rows])
-        axis.set(xlabel=score.axis, ylabel=dial or "", ylim=(len(rows) - 0.5, -0.5))
+        less = ", less the dense control's of the same seed" if compared else ""
+        axis.set(xlabel=score.axis + less, ylabel=dial or "", ylim=(len(rows) - 0.5, -0.5))
         figure.suptitle(textwrap.fill(title, 64), fontsize="large")
         axis.margins(x=0.1)
         # Closer together than this, differences are a few questions: they must not look large.

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from ders.reporting.tables import Row, name_of
@@ -90,11 +90,6 @@ def by_seed(row: Row, other: Row) -> dict[int, float]:
 def paired(row: Row, other: Row) -> list[float]:
     """`by_seed` without the seeds."""
     return list(by_seed(row, other).values())
-
-
-def spread(values: list[float]) -> float:
-    """Sample standard deviation; NaN for fewer than two."""
-    return stdev(values) if len(values) > 1 else math.nan
 
 
 def printed_score(row: Printed) -> float:

@@ -10,8 +10,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from ders.reporting.figures import STYLE, save
-from ders.reporting.paper import DIALS, NAMES, Line, printed_score, scores, spread
+from ders.reporting.paper import DIALS, NAMES, Line, printed_score, scores
 from ders.reporting.paper_table import reference
+from ders.reporting.tables import spread
 
 # From a loss of so many points on, differences are drawn on a scale that shows small ones too.
 _COLLAPSE = 8

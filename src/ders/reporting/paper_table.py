@@ -4,9 +4,9 @@ import math
 from statistics import mean
 from typing import Any
 
-from ders.reporting.paper import NAMES, Line, Published, printed_score, scores, spread
+from ders.reporting.paper import NAMES, Line, Published, printed_score, scores
 from ders.reporting.paper_notes import Added, Formula, Notes, counted
-from ders.reporting.tables import mib, pipes
+from ders.reporting.tables import mib, pipes, spread
 
 _CONTROLS = {
     "dense": "dense, the same training",

@@ -4,6 +4,7 @@ import json
 import math
 from collections import defaultdict
 from dataclasses import dataclass
+from statistics import mean, stdev
 from typing import Any
 
 from ders.reporting.identity import digest, identity
@@ -37,11 +38,36 @@ class Row:
 
     def spread(self, metric: str) -> float:
         """Sample standard deviation over seeds; NaN for fewer than two."""
-        scores = self.scores(metric)
-        if len(scores) < 2:
-            return math.nan
-        mean = sum(scores) / len(scores)
-        return math.sqrt(sum((score - mean) ** 2 for score in scores) / (len(scores) - 1))
+        return spread(self.scores(metric))
+
+
+def spread(values: list[float]) -> float:
+    """Sample standard deviation; NaN for fewer than two."""
+    return stdev(values) if len(values) > 1 else math.nan
+
+
+def difference(values: list[float], digits: int) -> str:
+    """`-0.24 ± 0.38`; a single seed has no spread, and nothing compared is nothing said."""
+    if not values:
+        return ""
+    return f"{mean(values):+.{digits}f}" + (f" ± {spread(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def has_control(rows: list[Row]) -> bool:
+    """Whether the dense control is among several rows."""
+    return len(rows) > 1 and any(row.method == "dense" for row in rows)
+
+
+def less_dense(rows: list[Row], metric: str) -> list[list[float]]:
+    """Of every row, the scores less the dense control's of the same seed, so that what the seeds differ in cancels.
+
+    Seeds that the control lacks are left out.
+    """
+    (control,) = (row for row in rows if row.method == "dense")
+    before = {record["seed"]: record["metrics"][metric]["value"] for record in control.records}
+    return [
+        [r["metrics"][metric]["value"] - before[r["seed"]] for r in row.records if r["seed"] in before] for row in rows
+    ]
 
 
 def rows_of(records: list[Record]) -> list[Row]:
@@ -150,13 +176,20 @@ def mib(count: int) -> str:
 
 
 def markdown(rows: list[Row], title: str, command: str) -> str:
-    """The table of a claim, with the dense parent and the question-only prior beside the scores."""
+    """The table of a claim, with the dense parent and the question-only prior beside the scores.
+
+    Where the dense control is among the rows, the score that says most stands also less the control's, seed by seed.
+    """
     records = [record for row in rows for record in row.records]
     kinds = kinds_of(records)
     loss = ["loss"] if scored_by_likelihood(records) else []
     header = ["", "added parameters", "trainable", "stored", *loss, "accuracy", *kinds, "seeds"]
+    score, beside = score_of(records), less_dense(rows, f"test/{score_of(records).metric}") if has_control(rows) else []
+    compared = header.index(score.metric) + 1
+    if beside:
+        header.insert(compared, "less dense" if loss else "less dense, points")
     lines = [header, ["---", *["---:"] * (len(header) - 1)]]
-    for row in rows:
+    for number, row in enumerate(rows):
         first = row.records[0]
         lines.append(
             [
@@ -170,6 +203,9 @@ def markdown(rows: list[Row], title: str, command: str) -> str:
                 str(len(row.records)),
             ]
         )
+        if beside:
+            values = [] if row.method == "dense" else [score.factor * value for value in beside[number]]
+            lines[-1].insert(compared, difference(values, 4 if loss else 2))
     for label, metric in [
         ("dense parent, before this stage", "parent/accuracy"),
         ("question-only prior", "test/prior"),
@@ -184,6 +220,8 @@ def markdown(rows: list[Row], title: str, command: str) -> str:
             # Parents that were trained on other machines can differ, and then so do the rows for that alone.
             others = f"; {len(set(values))} different ones, here the first" if len(set(values)) > 1 else ""
             lines.append([f"*{label}{others}*", "", "", "", *told, percent(values[0]), *by_kind, ""])
+            if beside:
+                lines[-1].insert(compared, "")
     return f"{caption(records, title, command)}\n\n{pipes(lines)}\n"
 
 
