@@ -92,7 +92,7 @@ def draw_claim(rows: list[Row], dial: str | None, title: str, file: Path) -> Pat
     metric, compared = f"test/{score.metric}", has_control(rows)
     values = less_dense(rows, metric) if compared else [row.scores(metric) for row in rows]
     with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(7, 1.7 + 0.36 * len(rows)), layout="constrained")
+        figure, axis = plt.subplots(figsize=(8, 1.7 + 0.36 * len(rows)), layout="constrained")
         for place, own in enumerate(values):
             scores = [score.factor * value for value in own]
             beside = [place + 0.12 * (i - (len(scores) - 1) / 2) for i in range(len(scores))]
@@ -111,8 +111,9 @@ def draw_claim(rows: list[Row], dial: str | None, title: str, file: Path) -> Pat
             if key in first:
                 axis.plot([], [], " ", label=f"{label}: {score.factor * first[key]['value']:.4g}")
         axis.set_yticks(range(len(rows)), [str(row.dials.get(dial, row.label)) if dial else row.label for row in rows])
-        less = ", less the dense control's of the same seed" if compared else ""
+        less = ",\nless the dense control's of the same seed" if compared else ""
         axis.set(xlabel=score.axis + less, ylabel=dial or "", ylim=(len(rows) - 0.5, -0.5))
+        axis.locator_params(axis="x", nbins=6)
         figure.suptitle(textwrap.fill(title, 64), fontsize="large")
         axis.margins(x=0.1)
         # Closer together than this, differences are a few questions: they must not look large.
