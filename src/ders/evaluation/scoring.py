@@ -53,7 +53,8 @@ def score(bundle: ModelBundle, source: DataSource, prepared: PreparedData, split
         # A router that draws its second choice with noise does so here too. The draw is the same each time for one
         # eval_batch_size on one kind of device, and another for others.
         torch.manual_seed(stable_hash("scoring", len(items)))
-        answers = generate_answers(bundle.model, bundle.tokenizer, inputs, source.max_answer_tokens)
+        images = [item["image"] for item in batch["items"]]
+        answers = generate_answers(bundle.model, bundle.tokenizer, inputs, source.max_answer_tokens, images)
         take_routings(bundle.model)
         for item, answer in zip(batch["items"], answers, strict=True):
             kept = {key: item[key] for key in _KEPT if key in item}

@@ -1,21 +1,35 @@
 """Greedy answers, and greedy texts that end where a rule says."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from ders.moe import moe_layers
+
 
 @torch.no_grad()
-def generate_answers(model: nn.Module, tokenizer: Any, inputs: dict[str, Tensor], max_new_tokens: int) -> list[str]:
-    """One greedy answer per row of left-padded inputs, special tokens removed. The training mode is left as it was."""
+def generate_answers(
+    model: nn.Module,
+    tokenizer: Any,
+    inputs: dict[str, Tensor],
+    max_new_tokens: int,
+    images: Sequence[Hashable | None] | None = None,
+) -> list[str]:
+    """One greedy answer per row of left-padded inputs, special tokens removed. The training mode is left as it was.
+
+    Args:
+        images: which picture each row shows. What prompts have in common up to the picture, most of a short question's
+            tokens, is then computed once per picture, as far as no router looks at a token's whole batch.
+    """
     training = model.training
     model.eval()
     try:
+        given: dict[str, Any] = inputs if images is None else _sharing(model, tokenizer, inputs, images)
         output = model.generate(
-            **inputs,
+            **given,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
@@ -24,8 +38,39 @@ def generate_answers(model: nn.Module, tokenizer: Any, inputs: dict[str, Tensor]
         )
     finally:
         model.train(training)
-    answers: list[str] = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    answers: list[str] = tokenizer.batch_decode(output[:, given["input_ids"].shape[1] :], skip_special_tokens=True)
     return [answer.strip() for answer in answers]
+
+
+def _sharing(
+    model: nn.Module, tokenizer: Any, inputs: dict[str, Tensor], images: Sequence[Hashable | None]
+) -> dict[str, Any]:
+    """The same inputs, their common beginning in a cache; as they are where that is no gain, or not the same."""
+    pictures = {image: number for number, image in enumerate(dict.fromkeys(images))}
+    pixels = inputs.get("pixel_values")
+    if pixels is None or None in pictures or not len(pictures) < len(images) == len(pixels):
+        return inputs
+    if any(layer.router.depends_on_batch for layer in moe_layers(model).values()):
+        return inputs
+    rows = [ids[mask.bool()] for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
+    # One token at least must be left to go on from.
+    beginnings = torch.stack([row[: min(map(len, rows)) - 1] for row in rows])
+    width = int((beginnings == beginnings[0]).all(0).long().cumprod(0).sum())
+    ends = [row[width:] for row in rows]
+    if any((end == model.config.image_token_id).any() for end in ends):  # type: ignore[union-attr]
+        return inputs
+    device = pixels.device
+    first = torch.tensor([images.index(image) for image in pictures], device=device)
+    beginning = rows[0][:width].expand(len(pictures), -1)
+    cache = model(input_ids=beginning, pixel_values=pixels[first], use_cache=True, logits_to_keep=1).past_key_values
+    cache.batch_select_indices(torch.tensor([pictures[image] for image in images], device=device))
+    longest = max(map(len, ends))
+    ids_BL = inputs["input_ids"].new_full((len(rows), width + longest), tokenizer.pad_token_id)
+    mask_BL = torch.zeros_like(ids_BL)
+    ids_BL[:, :width], mask_BL[:, :width] = rows[0][:width], 1
+    for row, end in enumerate(ends):
+        ids_BL[row, -len(end) :], mask_BL[row, -len(end) :] = end, 1
+    return {"input_ids": ids_BL, "attention_mask": mask_BL, "past_key_values": cache}
 
 
 @torch.no_grad()

@@ -100,6 +100,11 @@ class Router(nn.Module):
         """Whether the gate weights of a token sum to one, so that equal experts act as one FFN."""
         raise NotImplementedError
 
+    @property
+    def depends_on_batch(self) -> bool:
+        """Whether, in evaluation, a token's experts depend on the other tokens at hand or on a draw."""
+        return False
+
     def forward(self, x_TD: Tensor) -> Routing:
         raise NotImplementedError
 
@@ -158,6 +163,10 @@ class TopKRouter(Router):
     def preserves_function(self) -> bool:
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
         return self.renormalize and factor is None
+
+    @property
+    def depends_on_batch(self) -> bool:
+        return self.second_choice_noise or self.eval_capacity_factor is not None
 
     def forward(self, x_TD: Tensor) -> Routing:
         dtype = torch.promote_types(self.weight.dtype, torch.float32)

@@ -259,7 +259,8 @@ class LanguageModule(StageModule):
             take_routings(self.model)
             self.log("val/loss", loss, prog_bar=True, sync_dist=True, on_epoch=True, batch_size=len(batch["labels"]))
             return
-        answers = generate_answers(self.model, self.tokenizer, batch["inputs"], self.max_answer_tokens)
+        images = [item["image"] for item in batch["items"]]
+        answers = generate_answers(self.model, self.tokenizer, batch["inputs"], self.max_answer_tokens, images)
         take_routings(self.model)
         correct = [is_correct(a, item["answer"]) for a, item in zip(answers, batch["items"], strict=True)]
         accuracy = torch.tensor(correct, dtype=torch.float32, device=self.device).mean()
