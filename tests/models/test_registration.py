@@ -43,7 +43,8 @@ def test_round_trip(delta: str, model_type: str, dense_model: Callable[..., Any]
     model = trained(dense_model(model_type), DELTAS[delta], top_k=1, universal=model_type == "phi")
     model.save_pretrained(tmp_path / "a")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "a").eval()
-    assert torch.equal(loaded(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    # The weights are the same to the bit, below; where they lie in memory, a product's rounding may depend on.
+    torch.testing.assert_close(loaded(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=1e-5, atol=1e-6)
     options = {"max_new_tokens": 6, "do_sample": False}
     assert torch.equal(loaded.generate(IDS, **options), model.generate(IDS, **options))
     loaded.save_pretrained(tmp_path / "b")

@@ -25,4 +25,5 @@ def test_freed_memory_is_not_mapped_anew() -> None:
         return int(subprocess.run([sys.executable, "-c", TOUCH, how], capture_output=True, check=True).stdout)
 
     pages = 64_000_000 // resource.getpagesize()
-    assert faults("keep") < pages < faults("leave")
+    # Of twenty times, one or two may find no place among what is kept.
+    assert faults("keep") <= 2 * pages < 15 * pages < faults("leave")
