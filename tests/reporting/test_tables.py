@@ -71,6 +71,8 @@ def test_scores_are_compared_with_the_control_of_their_seed() -> None:
     assert len({line.count("|") for line in lines[3:]}) == 1
     alone = markdown(rows_of(records[1:4]), "A claim", "x")
     assert "less dense" not in alone
+    two = markdown(rows_of([*RECORDS, record("dense", 0, 0.7, num_experts=8)]), "A claim", "x")
+    assert "less dense" not in two
 
 
 def test_parents_that_differ_are_told() -> None:

@@ -54,8 +54,8 @@ def difference(values: list[float], digits: int) -> str:
 
 
 def has_control(rows: list[Row]) -> bool:
-    """Whether the dense control is among several rows."""
-    return len(rows) > 1 and any(row.method == "dense" for row in rows)
+    """Whether one dense control is among several rows; of two none would be the control of all."""
+    return len(rows) > 1 and sum(row.method == "dense" for row in rows) == 1
 
 
 def less_dense(rows: list[Row], metric: str) -> list[list[float]]:
@@ -184,7 +184,8 @@ def markdown(rows: list[Row], title: str, command: str) -> str:
     kinds = kinds_of(records)
     loss = ["loss"] if scored_by_likelihood(records) else []
     header = ["", "added parameters", "trainable", "stored", *loss, "accuracy", *kinds, "seeds"]
-    score, beside = score_of(records), less_dense(rows, f"test/{score_of(records).metric}") if has_control(rows) else []
+    score = score_of(records)
+    beside = less_dense(rows, f"test/{score.metric}") if has_control(rows) else []
     compared = header.index(score.metric) + 1
     if beside:
         header.insert(compared, "less dense" if loss else "less dense, points")
