@@ -17,6 +17,7 @@ from ders.evaluation.code_problems import CodeProblem, HumanEval, HumanEvalPlus
 from ders.evaluation.code_prompts import prompt_ids, sanitized, settled
 from ders.evaluation.code_scoring import CodeScore, generate_completions, score_code
 from ders.evaluation.sandbox import Sandbox
+from ders.models import generation
 from ders.models.bundle import ModelBundle
 from ders.models.generation import generate_texts
 
@@ -131,8 +132,10 @@ def test_prompts(tokenizer: Any) -> None:
     tokenizer.chat_template = None
 
 
-def test_texts_are_greedy_and_whole(bundle: ModelBundle) -> None:
-    prompts = [bundle.tokenizer("def f(x):\n")["input_ids"], bundle.tokenizer("x")["input_ids"]]
+@pytest.mark.parametrize("width", [5, 32])
+def test_texts_are_greedy_and_whole(bundle: ModelBundle, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "_ROUND", width)
+    prompts = [bundle.tokenizer(text)["input_ids"] for text in ("def f(x):\n", "x", "y = 1")]
     together = generate_texts(bundle.model, bundle.tokenizer, prompts, 12, lambda row, text: False)
     for prompt, text in zip(prompts, together, strict=True):
         ids = list(prompt)
@@ -157,7 +160,11 @@ def test_spaces_at_the_start_are_kept_where_decoding_drops_them() -> None:
     assert _continuation(slow, [4], [2, 3]) == "    return 1"
 
 
-def test_generation_ends_where_the_text_is_settled(bundle: ModelBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("width", [7, 32])
+def test_generation_ends_where_the_text_is_settled(
+    bundle: ModelBundle, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "_ROUND", width)
     problems = [
         CodeProblem("a", 'def f(x):\n    """One."""\n', "f", "", ""),
         CodeProblem("b", 'def g(x):\n    """The second, longer."""\n', "g", "", ""),

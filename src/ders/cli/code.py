@@ -16,6 +16,7 @@ from ders.evaluation.sandbox import Sandbox, SandboxError
 from ders.models.bundle import load_bundle, stored_bytes
 from ders.reporting.programs import differing_dials, programs_markdown
 from ders.reporting.record import start_benchmark
+from ders.training.allocator import keep_freed_memory
 
 
 def score_programs(config: DictConfig, checkpoint: Path, dtype: torch.dtype | str) -> None:
@@ -37,6 +38,7 @@ def score_programs(config: DictConfig, checkpoint: Path, dtype: torch.dtype | st
     folder = ROOT / config.results / evaluation.name
     record = None if config.record is None else _begin(config, folder)
     problems = evaluation.problems()
+    keep_freed_memory()  # a growing key-value cache is a larger tensor at each token
     bundle = load_bundle(checkpoint, dtype=dtype)
     bundle.model.to(config.device)
     found = score_code(bundle, problems, evaluation, sandbox)

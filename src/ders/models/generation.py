@@ -9,6 +9,9 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ders.moe import moe_layers
 
+# Texts that ended leave the batch after so many tokens: a lone long one then costs its own time, not the whole batch's.
+_ROUND = 32
+
 
 @torch.no_grad()
 def generate_answers(
@@ -95,48 +98,69 @@ def generate_texts(
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
     device = next(model.parameters()).device
+    ids, mask = ids.to(device), mask.to(device)
     ends = _end_ids(model, tokenizer)
     rule = _Settled(tokenizer, prompts, width, is_settled)
+    texts = [""] * len(prompts)
+    cache = None
     training = model.training
     model.eval()
     try:
-        output = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            # Some chat models' folders set one, and greedy is then no longer the most likely token.
-            repetition_penalty=1.0,
-            use_cache=True,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=ends,
-            stopping_criteria=StoppingCriteriaList([rule]),
-        )
+        while rule.rows:
+            left = width + max_new_tokens - ids.shape[1]
+            output = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                max_new_tokens=min(left, _ROUND),
+                do_sample=False,
+                num_beams=1,
+                # Some chat models' folders set one, and greedy is then no longer the most likely token.
+                repetition_penalty=1.0,
+                use_cache=True,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=ends,
+                stopping_criteria=StoppingCriteriaList([rule]),
+                return_dict_in_generate=True,
+            )
+            ids, cache = output.sequences, output.past_key_values
+            unfinished = []
+            for place, (row, new) in enumerate(zip(rule.rows, ids[:, width:].tolist(), strict=True)):
+                texts[row] = _continuation(tokenizer, prompts[row], _until(new, ends))
+                if not rule.done[row] and not set(new).intersection(ends) and left > _ROUND:
+                    unfinished.append(place)
+            rule.rows = [rule.rows[place] for place in unfinished]
+            kept = torch.tensor(unfinished, dtype=torch.long, device=device)
+            cache.batch_select_indices(kept)
+            ids = ids[kept]
+            mask = nn.functional.pad(mask[kept], (0, ids.shape[1] - mask.shape[1]), value=1)
     finally:
         model.train(training)
-    return [
-        _continuation(tokenizer, prompt, _until(new, ends))
-        for prompt, new in zip(prompts, output[:, width:].tolist(), strict=True)
-    ]
+    return texts
 
 
 class _Settled(StoppingCriteria):
-    """Ends each row by itself, as its text is settled."""
+    """Ends each row by itself, as its text is settled.
+
+    Attributes:
+        rows: which prompt each row of the batch is of.
+        done: of each prompt, whether its text is settled.
+    """
 
     def __init__(
         self, tokenizer: Any, prompts: Sequence[Sequence[int]], width: int, is_settled: Callable[[int, str], bool]
     ) -> None:
         self._tokenizer, self._prompts, self._width, self._is_settled = tokenizer, prompts, width, is_settled
-        self._done = [False] * len(prompts)
+        self.rows = list(range(len(prompts)))
+        self.done = [False] * len(prompts)
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         last = self._tokenizer.batch_decode(input_ids[:, -1:])
-        for row, text in enumerate(last):
-            if not self._done[row] and ("\n" in text or "`" in text):
-                new = input_ids[row, self._width :].tolist()
-                self._done[row] = self._is_settled(row, _continuation(self._tokenizer, self._prompts[row], new))
-        return torch.tensor(self._done, device=input_ids.device)
+        for row, ids, text in zip(self.rows, input_ids, last, strict=True):
+            if not self.done[row] and ("\n" in text or "`" in text):
+                new = ids[self._width :].tolist()
+                self.done[row] = self._is_settled(row, _continuation(self._tokenizer, self._prompts[row], new))
+        return torch.tensor([self.done[row] for row in self.rows], device=input_ids.device)
 
 
 def _continuation(tokenizer: Any, prompt: Sequence[int], new: Sequence[int]) -> str:
