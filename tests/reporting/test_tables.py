@@ -49,6 +49,13 @@ def test_a_dial_that_varies_is_shown() -> None:
     assert [row.label for row in rows] == ["ders_sm num_experts 4 sparsity 0.9", "ders_sm num_experts 8 sparsity 0.9"]
 
 
+def test_a_dial_that_older_records_lack_is_not_shown_where_it_changes_nothing() -> None:
+    newer = record("ders_sm", 1, 0.7, sparsity=0.99, parent_precision="32-true")
+    assert [row.label for row in rows_of([*RECORDS, newer])] == [row.label for row in rows_of(RECORDS)]
+    other = record("ders_sm", 0, 0.7, sparsity=0.99, parent_precision="bf16-mixed")
+    assert "parent_precision bf16-mixed" in rows_of([*RECORDS, other])[-1].label
+
+
 def test_table_has_the_controls_beside_the_scores() -> None:
     table = markdown(rows_of(RECORDS), "A claim", "python train.py experiments=a")
     lines = table.splitlines()

@@ -75,7 +75,7 @@ def rows_of(records: list[Record]) -> list[Row]:
     groups: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         groups[digest({**identity(record["config"]), "seed": None})].append(record)
-    dials = [_dials(group[0]["config"]) for group in groups.values()]
+    dials = [_dials(identity(group[0]["config"])) for group in groups.values()]
     # Only what tells rows of one method apart is worth a word.
     varying = {
         (method, key)
@@ -107,7 +107,7 @@ def _by_method(groups: dict[str, list[Record]], dials: list[dict[str, Any]]) -> 
 
 
 def _dials(config: dict[str, Any]) -> dict[str, Any]:
-    hidden = ("seed", "parent_seed", "ckpt_path", "skip_completed", "output_dir", "parent", "scale")
+    hidden = ("seed", "parent_seed", "parent", "scale")
     return {k: v for k, v in config.items() if not isinstance(v, dict | list) and k not in hidden}
 
 
