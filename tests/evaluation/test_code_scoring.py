@@ -136,15 +136,24 @@ def test_prompts(tokenizer: Any) -> None:
 def test_texts_are_greedy_and_whole(bundle: ModelBundle, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generation, "_ROUND", width)
     prompts = [bundle.tokenizer(text)["input_ids"] for text in ("def f(x):\n", "x", "y = 1")]
-    together = generate_texts(bundle.model, bundle.tokenizer, prompts, 12, lambda row, text: False)
-    for prompt, text in zip(prompts, together, strict=True):
+    with torch.no_grad():
+        bundle.model.lm_head.weight[bundle.tokenizer.eos_token_id] = 0  # it would end them all after four tokens
+    written = []
+    for prompt in prompts:
         ids = list(prompt)
         for _ in range(12):  # the oracle: no cache, no padding
             ids.append(int(bundle.model(torch.tensor([ids])).logits[0, -1].argmax()))
-        ids = ids[: next((n for n, i in enumerate(ids) if i == bundle.tokenizer.eos_token_id), None)]
-        assert text == bundle.tokenizer.decode(ids, skip_special_tokens=True)[
-            len(bundle.tokenizer.decode(prompt)) :
-        ]  # fmt: skip
+        written.append(ids[len(prompt) :])
+    # One ends early, by a token that the others do not write, and their caches must stay theirs.
+    bundle.model.generation_config.eos_token_id = end = next(
+        token for token in written[0][:5] if token not in written[1] + written[2]
+    )
+    written[0] = written[0][: written[0].index(end)]
+    assert [len(new) < 5 for new in written] == [True, False, False]
+    together = generate_texts(bundle.model, bundle.tokenizer, prompts, 12, lambda row, text: False)
+    for prompt, new, text in zip(prompts, written, together, strict=True):
+        whole = bundle.tokenizer.decode([*prompt, *new], skip_special_tokens=True)
+        assert text == whole[len(bundle.tokenizer.decode(prompt)) :]
     assert bundle.model.training
 
 

@@ -90,6 +90,7 @@ def test_upwards_is_better(scored: Any, tmp_path: Path, monkeypatch: pytest.Monk
     _, heights = curve.lines[0].get_data()
     unit = 100 if scored is dict else 1
     assert list(heights) == pytest.approx([-0.05 * unit, 0], abs=1e-9)
+    assert {-5, -2} <= set(axis.get_yticks(minor=True)) or scored is by_loss
     assert axis.get_ylabel().endswith("points" if scored is dict else "nats")
     parent = next(line for line in axis.lines if line.get_label().startswith("dense parent"))
     assert parent.get_ydata()[0] == pytest.approx(-0.105 * unit)

@@ -118,7 +118,7 @@ def draw_against_bytes(rows: list[Row], title: str, file: Path) -> Path:
         axis.set_yscale("symlog", linthresh=score.fine, linscale=2, subs=[2, 5])
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter("{x:g}")
-        axis.grid(axis="y", which="minor", alpha=0.3)
+        axis.grid(True, axis="y", which="minor")
         axis.set(xlabel="stored experts (shared base and deltas), MiB", ylabel=score.gain)
         figure.suptitle(textwrap.fill(title, 72), fontsize="large")
         axis.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
